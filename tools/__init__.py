@@ -1,0 +1,1 @@
+"""Developer scripts; never packaged, and nothing of the product imports them."""
