@@ -1,0 +1,232 @@
+"""The artifact: a folder that holds a graph, its weights and how it came about. It is never changed in place.
+
+graph.json            the graph, as data
+graph.txt             its text
+weights.safetensors   its tensors (or numbered shards)
+recipe.yaml           the recipe, verbatim
+recipe.lock.yaml      the recipe, resolved
+manifest.json         sha256 of every file, the parent artifact, a report for each pass
+tokenizer/            the tokenizer and the generation settings of the model
+passes/NN-name.txt    the text after each pass
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graph.core import Graph
+from graph.errors import QcError
+from graph.schema import from_json, to_json
+from graph.weights import Entry, Stored, read_header, sha256, write
+
+VERSION = 1
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact. The weights are read when the graph is asked for them."""
+
+    folder: Path
+    graph: Graph
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its manifest: the identity of all its files."""
+        return sha256(self.folder / "manifest.json")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of its tokenizer."""
+        folder = self.folder / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    def load_tokenizer(self) -> Any:
+        """Its tokenizer, or a QcError where it has none."""
+        return load_tokenizer(self.tokenizer, str(self.folder))
+
+
+def load_tokenizer(folder: Path | None, whose: str) -> Any:
+    """The transformers tokenizer in ``folder``."""
+    from transformers import AutoTokenizer
+
+    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
+        raise QcError(
+            f"{whose} has no tokenizer", fix="put tokenizer.json beside the model's config.json and compile again"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QcError(f"the tokenizer in {folder} cannot be read: {first[:200]}", fix="repair tokenizer.json") from None
+
+
+def save(
+    folder: Path,
+    graph: Graph,
+    *,
+    texts: Mapping[str, str] | None = None,
+    tokenizer: Path | None = None,
+    parent: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    max_shard: int = 5 << 30,
+) -> Artifact:
+    """Write an artifact. It appears whole or not at all; a folder that is already there is an error.
+
+    ``texts`` are further files (``recipe.yaml``, ``passes/01-quantize-base.txt``), ``about`` goes into the manifest.
+    """
+    graph.verify()
+    with appearing(folder) as new:
+        write(new, entries(graph), stem="weights", max_shard=max_shard)
+        (new / "graph.json").write_text(json.dumps(to_json(graph), indent=1) + "\n")
+        (new / "graph.txt").write_text(f"{graph}\n")
+        for name, content in (texts or {}).items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_text(content)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, new / "tokenizer")
+        files = {str(p.relative_to(new)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in _files(new)}
+        manifest = {"format": "qc-artifact", "version": VERSION, "parent": parent, **(about or {}), "files": files}
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return load(folder, check_hashes=False)
+
+
+def entries(graph: Graph) -> Iterator[Entry]:
+    """All tensors of a graph, to be written one at a time."""
+    for name in graph.tensors():
+        yield Entry(name, graph.shape(name), graph.dtype_of(name), _loader(graph, name))
+
+
+def _loader(graph: Graph, name: str) -> Callable[[], Any]:
+    return lambda: graph.tensor(name)
+
+
+def load(folder: Path, *, check_hashes: bool = True) -> Artifact:
+    """Open an artifact, strictly: every file with its hash, every tensor known and of its shape, every op allowed."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise QcError(f"{folder} lacks {name}", fix=_FIX)
+        if path.stat().st_size != entry["bytes"]:
+            raise QcError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}", fix=_FIX)
+        if check_hashes and sha256(path) != entry["sha256"]:
+            raise QcError(f"{path} is not what was written: its sha256 is wrong", fix=_FIX)
+    stored: dict[str, Stored] = {}
+    for path in sorted(folder.glob("weights*.safetensors")):
+        stored |= read_header(path)
+    try:
+        data = json.loads((folder / "graph.json").read_text())
+    except (OSError, ValueError):
+        raise QcError(f"{folder / 'graph.json'} cannot be read", fix=_FIX) from None
+    graph = from_json(data, stored, str(folder / "graph.json"))
+    for name, source in stored.items():
+        if source.shape != graph.shape(name) or source.dtype != graph.dtype_of(name):
+            raise QcError(
+                f"{source.file} holds {name} as {source.dtype} {list(source.shape)}, the graph wants another type",
+                fix=_FIX,
+            )
+    return Artifact(folder, graph, manifest)
+
+
+_FIX = "the artifact is damaged; compile the recipe again"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact; a QcError where the folder is none."""
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise QcError(f"no artifact {folder}", fix="run qc compile first, or give the folder of an artifact")
+    if not path.is_file():
+        raise QcError(
+            f"{folder} is not an artifact: it has no manifest.json",
+            fix="give a folder that qc compile or qc train wrote",
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if manifest["format"] != "qc-artifact" or not isinstance(manifest["files"], dict):
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise QcError(f"{path} is damaged", fix=_FIX) from None
+    if manifest.get("version") != VERSION:
+        raise QcError(
+            f"{folder} has version {manifest.get('version')}, this qc reads {VERSION}", fix="compile the recipe again"
+        )
+    return manifest
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Carry tokenizer, chat template and generation settings over."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if names:
+        target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name ``folder`` when all is written, and goes when it is not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QcError(
+            f"{folder} is already there", fix="give another folder, or remove it first: nothing is overwritten"
+        )
+    new = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        new.mkdir()
+        yield new
+        for path in _files(new):
+            _sync(path)
+        _sync(new)
+        os.replace(new, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def disk_error(error: OSError, where: Path) -> QcError:
+    """What the user is told of a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return QcError(
+            f"no room left to write {where}", fix="free some space, or write to another disk; nothing was left behind"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return QcError(f"{where} cannot be written: {error.strerror}", fix="give a folder that you may write to")
+    return QcError(f"writing {where} failed: {error.strerror or error}", fix="check the path and the disk")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left of this folder."""
+    for old in folder.parent.glob(f".{folder.name}.tmp-*"):
+        pid = old.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())

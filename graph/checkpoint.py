@@ -1,0 +1,190 @@
+"""A model folder of transformers: its config, and where each tensor lies in its safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graph.errors import QcError
+from graph.weights import Stored, read_header
+
+if TYPE_CHECKING:
+    from graph.core import Graph
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder. No weight has been read."""
+
+    folder: Path
+    config: Any
+    tensors: dict[str, Stored]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which most floating numbers are stored."""
+        count: Counter[torch.dtype] = Counter()
+        for stored in self.tensors.values():
+            if stored.dtype.is_floating_point:
+                count[stored.dtype] += torch.Size(stored.shape).numel()
+        return count.most_common(1)[0][0] if count else torch.float32
+
+    def bind(self, graph: Graph, model: Any = None) -> dict[str, Stored]:
+        """Where each tensor of ``graph`` lies. Each must be found, in its shape.
+
+        ``model``, the transformers model without weights, knows the older names of its tensors.
+        """
+        bound, missing = {}, []
+        keys = self._keys(graph, model)
+        for name, info in graph.tensors().items():
+            if not info.saved:
+                continue
+            key = next((keys[n] for n in (name, *info.aliases) if n in keys), None)
+            if key is None:
+                missing.append(name)
+                continue
+            stored = replace(self.tensors[key], transposed=info.transposed)
+            self._expect_shape(stored, graph.shape(name)[::-1] if info.transposed else graph.shape(name))
+            bound[name] = stored
+        if missing:
+            near = get_close_matches(missing[0], list(self.tensors), n=1)
+            raise QcError(
+                f"{self.folder} lacks {len(missing)} of {len(graph.tensors())} tensors: {', '.join(missing[:4])}"
+                + (f", … (the nearest it has is {near[0]})" if near else ""),
+                fix="the folder does not hold the weights that its config.json describes; fetch it again",
+            )
+        return bound
+
+    def _keys(self, graph: Graph, model: Any) -> dict[str, str]:
+        """Graph name -> key in the files: the same, a former name, or the base model's prefix put on or taken off."""
+        names = [n for name, info in graph.tensors().items() for n in (name, *info.aliases)]
+        found = self._renamed(model) if model is not None else {}
+        prefixes = {key.partition(".")[0] for key in self.tensors} | {name.partition(".")[0] for name in names}
+        for name in names:
+            other = [name.partition(".")[2], *(f"{prefix}.{name}" for prefix in sorted(prefixes))]
+            key = next((k for k in (name, *other) if k in self.tensors), None)
+            if key is not None:
+                found[name] = key
+        return found
+
+    def _renamed(self, model: Any) -> dict[str, str]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+        renamings = [w for w in get_model_conversion_mapping(model) if isinstance(w, WeightRenaming)]
+        return {apply_renamings(key, renamings): key for key in self.tensors}
+
+    def _expect_shape(self, stored: Stored, shape: tuple[int, ...]) -> None:
+        if stored.shape != shape:
+            raise QcError(
+                f"{stored.file} holds {stored.key} as {list(stored.shape)}, config.json wants {list(shape)}",
+                fix="config.json and the weights do not belong together; fetch both again",
+            )
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Open a folder, or ``hf:org/name`` through the hub's cache."""
+    folder = locate(name)
+    config = read_config(folder)
+    return Checkpoint(folder, config, _tensors(folder))
+
+
+def locate(name: str) -> Path:
+    """The folder of a model: a path, ``seedling`` (shipped), or ``hf:org/name`` (downloaded once, then cached)."""
+    if name == "seedling":
+        return Path(__file__).resolve().parent.parent / "recipes" / "seedling"
+    if not name.startswith("hf:"):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            near = get_close_matches(folder.name, beside, n=1)
+            fix = (
+                f"did you mean {folder.parent / near[0]}?" if near else "give a folder with config.json, or hf:org/name"
+            )
+            raise QcError(f"no model folder {name}", fix=fix)
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                name.removeprefix("hf:"), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise QcError(
+            f"cannot fetch {name}: {first[:200]}", fix="check the name and the network, or give a local folder"
+        ) from None
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of a model folder."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise QcError(f"{folder} has no config.json", fix="give the folder of a transformers model")
+    try:
+        json.loads(path.read_text())
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QcError(
+            f"{path} is not a configuration that transformers knows: {first[:300]}", fix="repair config.json"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted; an index with missing shards is an error."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise QcError(f"{index} is damaged", fix="fetch the checkpoint again") from None
+        missing = [n for n in named if not (folder / n).is_file()]
+        if missing:
+            raise QcError(
+                f"{folder} lacks {len(missing)} of {len(named)} weight files: {missing[0]}",
+                fix="fetch the missing shards",
+            )
+        return [folder / n for n in named]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if os.access(folder, os.R_OK) else []
+    if pickles:
+        raise QcError(
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which qc never reads",
+            fix="save the model as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    raise QcError(f"{folder} has no *.safetensors", fix="give a folder with weights, or use qc check, which needs none")
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        for key, stored in read_header(path).items():
+            if key in found:
+                raise QcError(
+                    f"{key} lies in both {found[key].file} and {path}",
+                    fix="remove the file that does not belong to the model",
+                )
+            found[key] = stored
+    return found

@@ -1,0 +1,131 @@
+"""The types of a graph's values, with batch and length as symbols.
+
+Every op is run on tensors without data, in several worlds that differ in one symbol each: what is the same in all of
+them is a number, what moves with one symbol is written in that symbol. That is some hundred times quicker than
+computing with symbols, and any op that runs has a type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+from graph.sites import Malformed, node_name
+
+SYMBOLS: dict[str, tuple[int, int]] = {"B": (3, 5), "T": (17, 23), "M": (29, 31), "S": (37, 41), "N": (7, 11)}
+"""Symbol -> its size in the first world and in the world where it alone differs."""
+
+HINTS = (SYMBOLS["B"][0], SYMBOLS["T"][0])
+"""The batch and length of the first world."""
+
+Dims = Sequence["int | str | None"]
+
+
+class Shapes:
+    """The worlds of a graph. A node's type is ``meta["vals"]``, one stand-in a world; ``meta["val"]`` is the first."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.worlds = [{name: sizes[0] for name, sizes in SYMBOLS.items()}]
+        self.worlds += [{**self.worlds[0], name: sizes[1]} for name, sizes in SYMBOLS.items()]
+
+    def type_input(self, node: fx.Node, dtype: torch.dtype, dims: Dims) -> None:
+        """Type an input: sizes are numbers or symbols; None is the next of ``B``, ``T``."""
+        free = iter(("B", "T", "M"))
+        named = [next(free) if d is None else d for d in dims]
+        node.meta["dims"] = tuple(named)
+        self._set(node, [self._empty([w[d] if isinstance(d, str) else d for d in named], dtype) for w in self.worlds])
+
+    def type_constant(self, node: fx.Node, value: Any) -> None:
+        """Type a stored tensor, or a plain value."""
+        stand_in = self._empty(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+        self._set(node, [stand_in] * len(self.worlds))
+
+    def type_call(self, node: fx.Node) -> None:
+        """Type an op's result, from the types of its arguments; Malformed where the op cannot take them."""
+        inputs = node.all_input_nodes
+        vals: list[Any] = []
+        with self.mode, torch.no_grad():
+            for i in range(len(self.worlds)):
+                if i and all(n.meta["vals"][i] is n.meta["vals"][0] for n in inputs):
+                    vals.append(vals[0])  # nothing it reads knows this symbol
+                    continue
+                vals.append(_same(vals, _result(node, i)))
+        self._set(node, vals)
+
+    def propagate(self, module: fx.GraphModule, value: Callable[[str], Tensor]) -> None:
+        """Type every node of ``module``; ``value`` gives the stored tensors, inputs keep their types."""
+        for node in module.graph.nodes:
+            if node.op == "placeholder" and "dims" in node.meta:
+                self.type_input(node, node.meta["val"].dtype, node.meta["dims"])
+            elif node.op == "placeholder":
+                self.type_constant(node, node.meta["val"])
+            elif node.op == "get_attr":
+                self.type_constant(node, value(str(node.target)))
+            elif node.op == "call_function":
+                self.type_call(node)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self.mode:
+            return torch.empty(list(shape), dtype=dtype, device="cpu")
+
+    def _set(self, node: fx.Node, vals: list[Any]) -> None:
+        node.meta["vals"], node.meta["val"] = tuple(vals), vals[0]
+
+
+def _result(node: fx.Node, i: int) -> Any:
+    assert callable(node.target)
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), _in_world(i))
+    try:
+        return node.target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # an op's ways to say no
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Malformed(first, node_name(node)) from error
+
+
+def _in_world(i: int) -> Callable[[fx.Node], Any]:
+    return lambda node: node.meta["vals"][i]
+
+
+def _same(vals: list[Any], value: Any) -> Any:
+    """The first world's stand-in again where this one has its type, so that what does not move is seen at once."""
+    if not vals:
+        return value
+    first = vals[0]
+    if isinstance(value, Tensor):
+        return (
+            first if isinstance(first, Tensor) and first.shape == value.shape and first.dtype == value.dtype else value
+        )
+    return first if type(first) is type(value) and not isinstance(value, (list, tuple)) and first == value else value
+
+
+def dims_of(node: fx.Node) -> tuple[str, ...]:
+    """The sizes of a tensor node, as numbers or in symbols: ``("B", "T", "64")``."""
+    return tuple(symbolic([v.shape[i] for v in node.meta["vals"]]) for i in range(node.meta["val"].dim()))
+
+
+def symbolic(sizes: Sequence[int]) -> str:
+    """A size seen in all worlds, as a number or in symbols: ``T``, ``2*T``, ``T + 1``, ``B*T``."""
+    base, moved = sizes[0], {name: sizes[i + 1] for i, name in enumerate(SYMBOLS) if sizes[i + 1] != sizes[0]}
+    if not moved:
+        return str(base)
+    product = 1
+    for name in moved:
+        product *= SYMBOLS[name][0]
+    if base % product == 0 and all(size * SYMBOLS[n][0] == base * SYMBOLS[n][1] for n, size in moved.items()):
+        factor = base // product
+        return "*".join(([str(factor)] if factor != 1 else []) + list(moved))
+    text, rest = [], base
+    for name, size in moved.items():
+        low, high = SYMBOLS[name]
+        slope, remainder = divmod(size - base, high - low)
+        if remainder:
+            return f"f({', '.join(moved)})"
+        rest -= slope * low
+        text.append(name if slope == 1 else f"{slope}*{name}")
+    return " + ".join(text) + (f" + {rest}" if rest > 0 else f" - {-rest}" if rest < 0 else "")
