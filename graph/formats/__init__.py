@@ -1,0 +1,35 @@
+"""The packed forms of a weight, their ops, and how a graph's weight changes from one form to another.
+
+One function per format packs and one op unpacks; fake quantization, artifacts, training and exporters all use these
+two, so that they agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from graph.formats.fidelity import Fidelity as Fidelity
+from graph.formats.fidelity import Tally as Tally
+from graph.formats.fidelity import fidelity as fidelity
+from graph.formats.format import Format as Format
+from graph.formats.four_bit import BLOCKS as BLOCKS
+from graph.formats.four_bit import FourBit as FourBit
+from graph.formats.fuse import fuse_dequantize as fuse_dequantize
+from graph.formats.int8 import Int8 as Int8
+from graph.formats.memory import release_freed as release_freed
+from graph.formats.rounding import rounded as rounded
+from graph.formats.stored import dense_value as dense_value
+from graph.formats.stored import format_of as format_of
+from graph.formats.stored import packed_sites as packed_sites
+from graph.formats.stored import packed_tensors as packed_tensors
+from graph.formats.stored import store_dense as store_dense
+from graph.formats.stored import store_packed as store_packed
+from graph.formats.stored import update_packed as update_packed
+from graph.formats.stored import weight_name as weight_name
+
+Scheme = Literal["nf4", "fp4", "int8"]
+
+
+def make_format(scheme: Scheme, *, block: int = 64, double_quant: bool = False) -> Format:
+    """The format of a recipe's ``scheme``; int8 has one scale a row and neither blocks nor double quantization."""
+    return Int8() if scheme == "int8" else FourBit(scheme, block, double_quant)

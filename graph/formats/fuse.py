@@ -1,0 +1,120 @@
+"""Linear layers over packed weights that never keep the dense weight: the backward unpacks it again.
+
+    before    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model), bias)
+    after     qc.linear_4bit(x, W.indices, W.absmax, nf4, model, bias=bias)
+
+Values and gradients are bit-identical. Artifacts hold the form before; the training runtime fuses a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import linear
+
+from graph.core import Graph
+from graph.formats.four_bit import dequantize_4bit
+from graph.formats.int8 import dequantize_int8
+from graph.ops import op, op_name
+from graph.sites import set_tag, tag
+
+
+@op
+def linear_4bit(
+    x: Tensor,
+    indices: Tensor,
+    absmax: Tensor,
+    kind: str,
+    dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x`` times a 4-bit weight, which is unpacked for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``dequantize_4bit``  ->  [..., out]
+    """
+
+    def dense(indices: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        return dequantize_4bit(indices, absmax, kind, dtype, scale, offset)
+
+    return linear_dequantized(x, bias, dense, indices, absmax, absmax_scale, absmax_offset)
+
+
+@op
+def linear_int8(x: Tensor, indices: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """``x`` times an 8-bit weight, which is unpacked for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``dequantize_int8``  ->  [..., out]
+    """
+
+    def dense(indices: Tensor, scale: Tensor) -> Tensor:
+        return dequantize_int8(indices, scale, dtype)
+
+    return linear_dequantized(x, bias, dense, indices, scale)
+
+
+FUSED: dict[str, Callable[..., Tensor]] = {"qc.dequantize_4bit": linear_4bit, "qc.dequantize_int8": linear_int8}
+"""The op that takes in each unpacking op: ``x``, that op's arguments, ``bias``."""
+
+
+def fuse_dequantize(graph: Graph) -> int:
+    """Fuse every linear with the op that unpacks its weight; return how many. Sites keep their names and tags."""
+    fused = 0
+    for site in graph.sites("aten.linear"):
+        unpacking = _unpacking(site.node.args[1])
+        if unpacking is None:
+            continue
+        x, _, *bias = site.node.args
+        site.node.target = FUSED[op_name(unpacking.target)]
+        site.node.args = (x, *unpacking.args)
+        site.node.kwargs = {**unpacking.kwargs, **({"bias": bias[0]} if bias and bias[0] is not None else {})}
+        if tag(unpacking, "model_dtype", False):
+            set_tag(site.node, model_dtype=True)
+        fused += 1
+    graph.verify()
+    return fused
+
+
+def _unpacking(weight: Any) -> fx.Node | None:
+    """The node that unpacks ``weight``, looking through the cast behind a ``compute_dtype``."""
+    if isinstance(weight, fx.Node) and weight.op == "call_function":
+        if op_name(weight.target) == "aten.to.dtype" and tag(weight, "model_dtype", False):
+            return _unpacking(weight.args[0])
+        if op_name(weight.target) in FUSED:
+            return weight
+    return None
+
+
+def linear_dequantized(x: Tensor, bias: Tensor | None, dense: Callable[..., Tensor], *packed: Tensor | None) -> Tensor:
+    """``linear(x, dense(*packed), bias)``; for the backward only ``packed`` is kept. The weight gets no gradient.
+
+    x: [..., in]    bias: [out]    dense gives [out, in], which is cast to the dtype of x  ->  [..., out]
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _LinearDequantized.apply(x, bias, dense, *packed)
+    return linear(x, dense(*packed).to(x.dtype), bias)
+
+
+class _LinearDequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, dense: Callable[..., Tensor], *packed: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*packed)
+        ctx.dense, ctx.x_dtype = dense, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear(x, dense(*packed).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed = ctx.saved_tensors
+        d_x = d_bias = None
+        if ctx.needs_input_grad[0]:  # under autocast the product was in grad's dtype, not in that of x
+            d_x = (grad @ ctx.dense(*packed).to(grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return d_x, d_bias, None, *(None for _ in packed)

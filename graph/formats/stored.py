@@ -1,0 +1,130 @@
+"""A weight of a graph, dense or packed: changing it from one to the other.
+
+    dense     linear(x, W)
+    packed    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model))
+
+Every reader of the weight follows, so tied weights stay one tensor with two readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from graph.core import Graph
+from graph.formats.format import Format, unpack
+from graph.formats.four_bit import FourBit, dequantize_4bit
+from graph.formats.int8 import Int8, dequantize_int8
+from graph.ops import op_name
+from graph.sites import Site, set_tag, tag
+
+DEQUANTIZE = tuple(op_name(function) for function in (dequantize_4bit, dequantize_int8))
+"""The ops that unpack."""
+
+
+def packed_sites(graph: Graph) -> list[Site]:
+    """The sites that unpack a weight, in order."""
+    return graph.sites(*DEQUANTIZE)
+
+
+def weight_name(site: Site) -> str:
+    """The name that the weight unpacked at ``site`` has when it is dense."""
+    return str(site.input(0).target).removesuffix(".indices")
+
+
+def packed_tensors(graph: Graph, site: Site) -> dict[str, Tensor]:
+    """The packed weight of ``site``, by suffix."""
+    name = weight_name(site)
+    return {tensor.removeprefix(f"{name}."): graph.tensor(tensor) for tensor in site.tensors()}
+
+
+def format_of(site: Site) -> Format:
+    """The format that ``site`` unpacks."""
+    if site.op == "qc.dequantize_int8":
+        return Int8()
+    kind = site.node.args[2]
+    assert kind in ("nf4", "fp4"), f"{site.name} unpacks {kind}"
+    block = 2 * int(site.input(0).meta["val"].shape[1]) // int(site.input(1).meta["val"].shape[1])
+    return FourBit("nf4" if kind == "nf4" else "fp4", block, "absmax_scale" in site.node.kwargs)
+
+
+def dense_value(graph: Graph, site: Site, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [out, in] that ``site`` unpacks, in ``dtype`` or in the one it gives to the graph."""
+    return unpack(format_of(site), packed_tensors(graph, site), dtype or site.value.dtype)
+
+
+def store_packed(
+    graph: Graph, name: str, form: Format, packed: Mapping[str, Tensor], compute_dtype: torch.dtype | None = None
+) -> Site:
+    """Put ``packed`` in the place of the dense weight ``name``, which is dropped. All its readers read the view.
+
+    With ``compute_dtype`` the view is rounded to that dtype, whatever dtype the graph runs in; without, it has the
+    graph's own.
+    """
+    info = graph.info(name)
+    readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name]
+    first = next(n for n in graph.module.graph.nodes if any(arg in readers for arg in n.all_input_nodes))
+    _stand_in(readers, f"{name}.indices")
+    graph.remove_tensor(name)
+    nodes = {}
+    for suffix, value in packed.items():
+        aliases = tuple(f"{alias}.{suffix}" for alias in info.aliases)
+        side = replace(info, kind="buffer", trainable=False, group=None, pinned=True, aliases=aliases)
+        nodes[suffix] = graph.add_tensor(f"{name}.{suffix}", value, before=first, info=side)
+    target, args, kwargs = form.call(nodes, compute_dtype or graph.dtype)
+    dense = view = graph.insert(target, *args, name=f"{name}/dequantize", before=first, role=info.role, **kwargs)
+    if compute_dtype is not None:
+        view = graph.insert("aten.to.dtype", dense, graph.dtype, name=f"{name}/cast", before=first, role=info.role)
+    set_tag(view, model_dtype=True)
+    _replace(graph, readers, view)
+    return Site(graph, dense)
+
+
+def update_packed(graph: Graph, site: Site, packed: Mapping[str, Tensor]) -> None:
+    """Give a weight that is packed already other values, in the same format."""
+    name = weight_name(site)
+    assert {f"{name}.{suffix}" for suffix in packed} == set(site.tensors()), f"{site.name} holds another format"
+    for suffix, value in packed.items():
+        graph.set_tensor(f"{name}.{suffix}", value)
+
+
+def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
+    """Put the float weight ``value`` in the place of the packed one of ``site``, under its own name, frozen.
+
+    Its dtype may differ from what the site gave; its readers get it cast to that.
+    """
+    name, node, info = weight_name(site), site.node, graph.info(str(site.input(0).target))
+    follows = bool(tag(node, "model_dtype", False))
+    aliases = tuple(alias.removesuffix(".indices") for alias in info.aliases)
+    sides, reader, users = site.tensors(), site.input(0), list(node.users)
+    node.replace_all_uses_with(reader)
+    graph.module.graph.erase_node(node)
+    _stand_in([reader], name)
+    graph.module.graph.eliminate_dead_code()
+    for side in sides:
+        graph.remove_tensor(side)
+    graph.module.delete_submodule(name)  # the empty place of the side tensors; a parameter cannot share its name
+    dtype = site.value.dtype
+    dense = replace(info, kind="parameter", pinned=not (follows and value.dtype == dtype), aliases=aliases)
+    first = next(n for n in graph.module.graph.nodes if n in users)
+    view = graph.add_tensor(name, value, before=first, info=dense)
+    if value.dtype != dtype:
+        view = graph.insert("aten.to.dtype", view, dtype, name=f"{name}/load", before=first, role=info.role)
+        set_tag(view, model_dtype=follows)
+    _replace(graph, [reader], view)
+    return name
+
+
+def _stand_in(readers: list[fx.Node], target: str) -> None:
+    """Let the old readers hold the place for their users until what they shall read is there."""
+    for reader in readers:
+        reader.target = target
+
+
+def _replace(graph: Graph, readers: list[fx.Node], view: fx.Node) -> None:
+    for reader in readers:
+        reader.replace_all_uses_with(view)
+        graph.module.graph.erase_node(reader)

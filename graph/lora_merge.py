@@ -1,0 +1,232 @@
+"""Merging LoRA sets into the weight beneath them, in whatever form it is stored, and what is left of them there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from graph.checkpoint import open_checkpoint
+from graph.core import Graph, TensorInfo
+from graph.errors import QcError
+from graph.formats import (
+    dense_value,
+    format_of,
+    packed_sites,
+    packed_tensors,
+    rounded,
+    store_dense,
+    update_packed,
+    weight_name,
+)
+from graph.formats.format import chunks
+from graph.lora_base import base_weight, fingerprint, has_values, in_out, weight_tensors
+from graph.lora_sets import Update, updates
+from graph.ops import op_name
+from graph.sites import Site
+from graph.weights import Stored
+
+Into = Literal["full", "dequantized", "requantized"]
+
+SAME_CODES = 0.9
+"""Share of its codes that a float weight must give again when it is packed, to be the one that was packed: the other
+tenth is for the dtype it may have had then. Another model gives less than a sixth of its 4-bit codes again."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the stored weight has of an update ``d`` of a weight ``w``; ``e`` is the stored weight less ``w + d``."""
+
+    weight: float
+    """``|w|²``."""
+
+    update: float
+    """``|d|²``."""
+
+    overlap: float
+    """``<d + e, d>``."""
+
+    error: float
+    """``|e|²``."""
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(
+            self.weight + other.weight,
+            self.update + other.update,
+            self.overlap + other.overlap,
+            self.error + other.error,
+        )
+
+    @property
+    def survived(self) -> float:
+        """The share of the update that is in the stored weight, 1 where there is no update to lose."""
+        return self.overlap / self.update if self.update else 1.0
+
+    @property
+    def size(self) -> float:
+        """``|d| / |w|``."""
+        return math.sqrt(self.update / self.weight) if self.weight else 0.0
+
+    @property
+    def rounding(self) -> float:
+        """``|e| / |d|``; 0 where there is no update."""
+        return math.sqrt(self.error / self.update) if self.update else 0.0
+
+
+def measure(weight: Tensor, total: Tensor, stored: Tensor) -> Kept:
+    """Compare, a few rows at a time; weight, total = weight + update, stored: [out, in]."""
+    kept = Kept(0, 0, 0, 0)
+    for part in chunks(weight):
+        w, t = weight[part].float(), total[part].float()
+        d, e = t - w, stored[part].float() - t
+        products = ((w, w), (d, d), (d + e, d), (e, e))
+        kept += Kept(*(float((one * other).sum(dtype=torch.float64)) for one, other in products))
+    return kept
+
+
+def stored_weight(site: Site) -> str | Site:
+    """What holds a linear's weight: the name of a float tensor, or the site that unpacks integers."""
+    node = site.input(1)
+    while node.op == "call_function" and op_name(node.target) == "aten.to.dtype":
+        (node,) = node.all_input_nodes
+    if node.op == "get_attr":
+        return str(node.target)
+    packed = next((p for p in packed_sites(site.graph) if p.node is node), None)
+    if packed is None:
+        raise QcError(
+            f"the weight of {site.name} is computed by {op_name(node.target)}, not stored",
+            fix="merge before the pass that computes it",
+            site=site.name,
+        )
+    return packed
+
+
+def obstacles(graph: Graph, found: Sequence[Update], into: Into, base: str | None) -> list[QcError]:
+    """Why these updates cannot be merged; shapes and structure only."""
+    errors, merging = [], {update.a for update in found}
+    weights = {update.site.name: stored_weight(update.site) for update in found}
+    for update in found:
+        site, weight = update.site, weights[update.site.name]
+        others = _other_readers(graph, site)
+        if others:
+            what = f"{site.name} shares its weight with {others[0]}, which has no such update"
+            errors.append(QcError(what, fix=f"leave {site.name} out of add-lora's select", site=site.name))
+        if into == "requantized" and isinstance(weight, str):
+            errors.append(
+                QcError(
+                    f"{weight} is not packed, so it cannot be packed again",
+                    fix="set into to dequantized",
+                    site=site.name,
+                )
+            )
+        left = [
+            u for u in updates(graph) if u.site.name == site.name and u.a not in merging and u.magnitude is not None
+        ]
+        if left:
+            what = f"set {left[0].set!r} is DoRA's and scales the weight that {update.set!r} would change"
+            errors.append(QcError(what, fix=f"merge set {left[0].set!r} too", site=site.name))
+    packed = any(isinstance(weight, Site) for weight in weights.values())
+    if into == "full" and packed and base is None:
+        errors.append(
+            QcError(
+                "the base is packed, and into: full needs its float weights",
+                fix="set base to the model's folder, or into to dequantized",
+            )
+        )
+    if base is not None and not (into == "full" and packed):
+        why = "the base is not packed" if into == "full" else f"into: {into} does not read it"
+        errors.append(QcError(f"base is given, but {why}", fix="take base out"))
+    return errors
+
+
+def _other_readers(graph: Graph, site: Site) -> list[str]:
+    mine = set(weight_tensors(graph, site))
+    return [
+        s.name for s in graph.sites("aten.linear", "aten.embedding") if s.name != site.name and mine & set(s.tensors())
+    ]
+
+
+def changed_base(graph: Graph, found: Sequence[Update]) -> list[QcError]:
+    """The updates that were put on another weight than the one beneath them now."""
+    wrong = [
+        update
+        for update in found
+        if has_values(graph, update.site)
+        and not torch.equal(fingerprint(graph, update.site).cpu(), graph.tensor(update.base).cpu())
+    ]
+    if not wrong:
+        return []
+    more = f" and at {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    what = f"set {wrong[0].set!r} was added to another weight than there is now at {wrong[0].site.name}{more}"
+    fix = "merge into the base it was trained on, or set force_base to true if you know better"
+    return [QcError(what, fix=fix, site=wrong[0].site.name)]
+
+
+def float_base(graph: Graph, sites: Sequence[Site], folder: str) -> dict[str, Stored]:
+    """Where the float weights of packed linears lie in the checkpoint they were packed from, by the linear's name."""
+    names, tensors, infos = {}, {}, {}
+    for site in sites:
+        packed = stored_weight(site)
+        if isinstance(packed, Site):
+            name = names[site.name] = weight_name(packed)
+            inputs, out = in_out(site)
+            tensors[name] = torch.empty(out, inputs, device="meta")
+            side = graph.info(str(packed.input(0).target))
+            infos[name] = TensorInfo(
+                transposed=side.transposed, aliases=tuple(a.removesuffix(".indices") for a in side.aliases)
+            )
+    nodes = fx.Graph()
+    nodes.output(None)
+    found = open_checkpoint(folder).bind(Graph(nodes, tensors, infos))
+    return {site: found[name] for site, name in names.items()}
+
+
+def read_float_base(graph: Graph, site: Site, stored: Stored, *, force: bool) -> Tensor:
+    """The float weight of a packed linear, if packing it gives the packed weight again; in fp32."""
+    packed = stored_weight(site)
+    assert isinstance(packed, Site)
+    weight = stored.load().to(graph.device, graph.dtype)
+    codes, again = packed_tensors(graph, packed)["indices"], format_of(packed).pack(weight)["indices"]
+    same = float((codes == again.to(codes.device)).double().mean())
+    if same < SAME_CODES and not force:
+        where = f"{stored.key} in {Path(stored.file).name}"
+        what = f"{where} is not what {site.name} was packed from: {same:.0%} of the codes agree"
+        raise QcError(
+            what,
+            fix="set base to the checkpoint that was quantized, or force_base to true if you know better",
+            site=site.name,
+        )
+    return weight.float()
+
+
+def merge_site(graph: Graph, found: Sequence[Update], into: Into, weight: Tensor | None = None) -> Kept | None:
+    """Merge the updates of one linear into its weight, or into ``weight`` in its place; None in a plan.
+
+    The updates' own nodes stay: take them out with ``detach`` when all is merged.
+    """
+    site = found[0].site
+    base = base_weight(graph, site).float() if weight is None else weight
+    total = base
+    for update in found:
+        total = update.merged(total)
+    held = stored_weight(site)
+    if isinstance(held, str):
+        graph.set_tensor(held, _round(total, graph.dtype_of(held), held))
+    elif into == "requantized":
+        update_packed(graph, held, format_of(held).pack(total))
+        stored = dense_value(graph, held, torch.float32)
+        return None if total.is_meta else measure(base, total, stored)
+    else:
+        held = store_dense(graph, held, _round(total, graph.dtype, weight_name(held)))
+        graph.set_info(held, pinned=False)
+        site.set_input(1, graph.read_node(held, before=site.node))
+    return None if total.is_meta else measure(base, total, graph.tensor(held))
+
+
+def _round(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    return value.to(dtype) if value.is_meta else rounded(value, dtype, name)

@@ -1,0 +1,1 @@
+"""Graph rewrites, one per file. A recipe names a pass by its file: ``quantize-base``."""

@@ -1,0 +1,108 @@
+"""What a pass is: a frozen dataclass whose fields are its recipe options, and the contract it declares."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from graph import Graph, QcError, Selector, Site
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Outputs are bit-identical afterwards."""
+
+
+@dataclass(frozen=True)
+class Close:
+    """Outputs agree within a tolerance, as in ``torch.testing.assert_close``."""
+
+    atol: float = 1e-5
+    rtol: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """Outputs may move, but no further than this, and every selected site is rewritten with finite values."""
+
+    min_psnr_db: float = 20.0
+    """Of the outputs on probe inputs, against the graph before the pass."""
+
+    min_weight_snr_db: float = 3.0
+    """Of every rewritten weight, against the weight before the pass."""
+
+
+@dataclass(frozen=True)
+class TrainingOnly:
+    """Outputs in evaluation mode are bit-identical; only training differs."""
+
+
+Contract = Exact | Close | Lossy | TrainingOnly
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass did; it goes into the manifest."""
+
+    changed: tuple[str, ...]
+    """The sites it rewrote."""
+
+    figures: dict[str, float | int | str] = field(default_factory=dict)
+    """What it measured on the way, under names a reader understands."""
+
+
+EVERYTHING = Selector()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A rewrite of a graph, and its options.
+
+    The fields are the options a recipe may set, each with a docstring. A pass keeps no state: all it learns
+    becomes a node or a tensor of the graph. It works on a graph of ``meta`` tensors too (``qc check`` and
+    ``qc show`` run it that way), so it decides by shapes and dtypes and never by values.
+    """
+
+    contract: ClassVar[Contract]
+    """What the pass preserves. The runner holds it to that."""
+
+    ops: ClassVar[tuple[str, ...]] = ()
+    """The ops whose sites are offered to ``rewrite``: ``("aten.linear",)``."""
+
+    idempotent: ClassVar[bool] = True
+    """Whether a second run finds nothing to do."""
+
+    after: ClassVar[tuple[str, ...]] = ()
+    """Passes that may not come later in a recipe than this one."""
+
+    select: Selector = EVERYTHING
+    """Which of the offered sites to rewrite."""
+
+    def rewrite(self, graph: Graph, site: Site) -> bool:
+        """Rewrite the graph at ``site``; False if there was nothing to do."""
+        raise NotImplementedError(f"{type(self).__name__} has neither rewrite() nor run()")
+
+    def run(self, graph: Graph) -> Report:
+        """Rewrite all of the graph. The default offers every selected site to ``rewrite``."""
+        changed = []
+        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
+            try:
+                if self.rewrite(graph, site):
+                    changed.append(site.name)
+            except QcError as error:
+                error.site = error.site or site.name
+                raise
+        return Report(tuple(changed))
+
+    def check(self, graph: Graph) -> Sequence[QcError]:
+        """All mistakes that shapes show, without weights. The default has none to report."""
+        return ()
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The option names and their defaults (no default: ``...``)."""
+        import dataclasses
+
+        return {f.name: f.default if f.default is not dataclasses.MISSING else ... for f in dataclasses.fields(cls)}

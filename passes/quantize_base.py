@@ -1,0 +1,113 @@
+"""Hold the base weights in 4 or 8 bits.
+
+    before    y = linear(x, W)
+    after     W/dequantize = qc.dequantize_4bit(W.indices, W.absmax, nf4, model)
+              y = linear(x, W/dequantize)
+
+The integers are all that is left of a weight, and they do not train: a weight that was trainable is frozen. Embeddings
+and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
+so selecting one reader packs the weight of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Literal
+
+import torch
+
+from graph import Graph, QcError, Selector
+from graph.formats import Format, Scheme, Tally, fidelity, make_format, packed_sites, release_freed, store_packed
+from passes.base import Lossy, Pass, Report
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK_WEIGHTS = Selector(role=("attn.*", "mlp.*"))
+RELEASE_EVERY = 64 << 20
+"""Bytes of float weights after which what they took is given back to the system."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeBase(Pass):
+    """Pack the weight of every selected linear and embedding with bitsandbytes' formats."""
+
+    contract = Lossy(min_psnr_db=10.0)  # deep random models amplify noise; ``fidelity`` bounds every weight by itself
+    ops = ("aten.linear", "aten.embedding")
+
+    select: Selector = BLOCK_WEIGHTS
+    """Which weights. Without a role or a name in it, embeddings and head are left out."""
+
+    scheme: Scheme = "nf4"
+    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits) or int8 (8 bits, one scale a row)."""
+
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights of a row that share one scale; it must divide the rows. Not for int8."""
+
+    double_quant: bool = False
+    """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. Not for int8."""
+
+    compute_dtype: Literal["model", "fp32", "bf16", "fp16"] = "model"
+    """The dtype in which weights are unpacked: the model's own, or always this one, then cast to the model's."""
+
+    def __post_init__(self) -> None:
+        if self.select.role is None and self.select.name is None:
+            given = self.select.exclude or ()
+            kept = (*((given,) if isinstance(given, str) else given), "embed", "head")
+            object.__setattr__(self, "select", replace(self.select, exclude=kept))
+        if self.scheme == "int8":
+            object.__setattr__(self, "contract", Lossy(min_psnr_db=25.0, min_weight_snr_db=8.0))
+
+    @property
+    def form(self) -> Format:
+        """The format that the options ask for."""
+        return make_format(self.scheme, block=self.block, double_quant=self.double_quant)
+
+    def check(self, graph: Graph) -> Sequence[QcError]:
+        """Every selected weight that the format cannot hold, and every selected site without a stored weight."""
+        found = []
+        if self.scheme == "int8" and (self.double_quant or self.block != 64):
+            unused = "double_quant" if self.double_quant else "block"
+            found.append(QcError(f"int8 has one scale a row and no {unused}", fix=f"take {unused} out, or use nf4"))
+        try:
+            sites = self.select.pick(graph.sites(*self.ops), graph.blocks)
+        except QcError as error:
+            return [*found, error]
+        packed = {tensor for site in packed_sites(graph) for tensor in site.tensors()}
+        for site in sites:
+            weight = site.weight()
+            if weight is not None:
+                problem = self.form.problem(weight, graph.shape(weight))
+            elif packed.isdisjoint(site.tensors()):
+                problem = QcError("the weight is computed in the graph, not stored", fix="exclude it from select")
+            else:
+                problem = None  # packed already
+            if problem is not None:
+                problem.site = site.name
+                found.append(problem)
+        return found
+
+    def run(self, graph: Graph) -> Report:
+        """Pack one weight after the other; each is read, packed, compared and let go before the next."""
+        figures, changed = Tally(), []
+        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
+            weight = site.weight()
+            if weight is None:
+                continue
+            changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
+            earlier = figures.bytes_before // RELEASE_EVERY
+            self._pack(graph, weight, site.name, figures)
+            if figures.bytes_before // RELEASE_EVERY > earlier:
+                release_freed()
+        return Report(tuple(changed), figures.summary())
+
+    def _pack(self, graph: Graph, weight: str, site: str, figures: Tally) -> None:
+        w, form = graph.tensor(weight).detach(), self.form
+        if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
+            fix = "repair the model, or exclude this weight from select"
+            raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site)
+        packed = form.pack(w)
+        found = None if w.is_meta else fidelity(form, w, packed)
+        assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        figures.add(weight, w, packed, found)
+        store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
