@@ -1,0 +1,132 @@
+"""What can be wrong with a recipe whose every part is right: the parts do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recipes.document import Node
+from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
+from recipes.mistakes import Mistakes, suggest
+from recipes.settings import Gate
+from runtimes.settings import Evaluate, Group, Train
+
+COMPARED = ("<", "<=", ">", ">=", "==")
+
+
+def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
+    """One learning rate for each tensor, and warm-ups that end."""
+    if train.lr is None and not train.groups:
+        mistakes.lack(node.key, "train has neither lr nor groups", "add lr: 2.0e-4")
+    if train.lr is not None and train.groups:
+        mistakes.add(node.map["lr"].key, "train has both lr and groups", "keep one; every group has its own lr")
+    for name, group in (train.groups or {}).items():
+        _check_group(name, group, train.steps, node.map["groups"].map[name], mistakes)
+
+
+def _check_group(name: str, group: Group, steps: int, node: Node, mistakes: Mistakes) -> None:
+    spot = f"train.groups.{name}"
+    if group.warmup >= 1 and group.warmup != int(group.warmup):
+        what = f"{spot}.warmup is {group.warmup} steps"
+        mistakes.add(node.map["warmup"].place, what, f"write {round(group.warmup)}, or a fraction below 1")
+    elif group.warmup_steps(steps) > steps:
+        what = f"{spot} warms up for {group.warmup:g} steps, but training has {steps}"
+        mistakes.add(node.map["warmup"].place, what, f"write at most {steps}, or a fraction such as 0.1")
+    if group.start_step >= steps:
+        what = f"{spot} starts at step {group.start_step}, but training has {steps}"
+        mistakes.add(node.map["start_step"].place, what, f"write less than {steps}")
+
+
+def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
+    """Every pass rewrites a model that exists; with several models, it says which."""
+    known = list(models.map) if models else []
+    for step in work.map["passes"].list if "passes" in work.map else ():
+        on = step.map.get("on")
+        kind = next((key for key in step.map if key not in ("name", "on")), "this pass")
+        if on is None:
+            if len(known) > 1:
+                what = f"{kind} does not say which model it rewrites"
+                mistakes.add(step.map[kind].key if kind in step.map else step.place, what, f"add on: {known[0]}")
+        elif not isinstance(on.value, str):
+            mistakes.add(on.place, "on needs the name of a model", suggest("", known, "the models are"))
+        elif not known:
+            mistakes.add(on.key, f"on: {on.value}, but the recipe has one model", "take on: out, or name models:")
+        elif on.value not in (*known, "*"):
+            mistakes.add(on.place, f"no model is called {on.value!r}", suggest(on.value, known, "the models are"))
+
+
+def check_evaluate(work: Node, mistakes: Mistakes) -> None:
+    """An evaluation has data: its own, or that of training."""
+    evaluate = work.map.get("evaluate")
+    trained = "train" in work.map and work.map["train"].value is not None
+    if evaluate is not None and evaluate.map and "data" not in evaluate.map and not trained:
+        mistakes.lack(
+            evaluate.key, "evaluate has no data, and there is no training to take it from", "add data: to evaluate"
+        )
+
+
+def check_gate(gate: Gate, node: Node, mistakes: Mistakes) -> None:
+    """The comparison has what it needs."""
+    if gate.op in COMPARED and gate.value is None:
+        mistakes.lack(node.map["op"].place, f"the gate compares {gate.metric} with nothing", "add value:")
+    if gate.op not in COMPARED and gate.value is not None:
+        fix = f"take value out, or compare with one of {' '.join(COMPARED)}"
+        mistakes.add(node.map["value"].key, f"{gate.op} takes no value", fix)
+    if gate.op == "decreased" and gate.metric not in SERIES:
+        what = f"{gate.metric} is one number; it cannot have decreased"
+        mistakes.add(node.map["op"].place, what, f"compare it with a value; {', '.join(SERIES)} can decrease")
+    if gate.op != "decreased" and "window" in node.map:
+        mistakes.add(node.map["window"].key, f"{gate.op} has no window", "take window out; it belongs to decreased")
+
+
+def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None, mistakes: Mistakes) -> None:
+    """Something before the gate produces its metric."""
+    metric, place = gate.metric, node.map["metric"].place
+    fix = None
+    if metric in EVALUATED:
+        asked = EVALUATED[metric]
+        if not _has(work, "evaluate"):
+            fix = f"add evaluate: {{metrics: [{asked}]}}"
+        elif evaluate is not None and asked not in evaluate.metrics:
+            fix = f"add {asked} to evaluate.metrics"
+    elif metric in TRAINED and not _has(work, "train"):
+        fix = "add train:"
+    elif metric in REPORTED and not any(REPORTED[metric] in step.map for step in _list(work, "passes")):
+        fix = f"add the pass {REPORTED[metric]}"
+    elif metric in EXPORTED and not _list(work, "export"):
+        fix = "add export:"
+    if fix:
+        mistakes.lack(place, f"nothing here produces {metric}", f"{fix}, or take the gate out")
+
+
+def check_exports(exports: Node, mistakes: Mistakes) -> None:
+    """No export writes where another one does."""
+    seen: dict[str, Node] = {}
+    for node in exports.list:
+        target = str(node.map["target"].value if "target" in node.map else "")
+        dtype = node.map["dtype"].value if "dtype" in node.map else "fp16"
+        where = str(node.map["out"].value if "out" in node.map else f"{target}-{dtype}")
+        if where in seen and node.map:
+            what = f"this export writes to the same folder as that of {seen[where].place}"
+            mistakes.add(node.place, what, "give one of them another out:, or take it out")
+        seen.setdefault(where, node)
+
+
+def check_same_names(nodes: Sequence[Node], what: str, mistakes: Mistakes) -> None:
+    """No two of ``nodes`` have the same ``name:``."""
+    seen: dict[object, Node] = {}
+    for node in nodes:
+        name = node.map.get("name")
+        if name is None or not isinstance(name.value, str):
+            continue
+        if name.value in seen:
+            told = f"two {what} are called {name.value!r}; the other is {seen[name.value].place}"
+            mistakes.add(name.place, told, f"give each of the {what} a name of its own")
+        seen.setdefault(name.value, name)
+
+
+def _has(work: Node, key: str) -> bool:
+    return key in work.map and work.map[key].value is not None
+
+
+def _list(work: Node, key: str) -> list[Node]:
+    return work.map[key].list if key in work.map else []

@@ -1,0 +1,133 @@
+"""What the options of the runtimes may be, beyond their types: ranges, and how to tell the kinds of data apart.
+
+The runtimes own their options (``runtimes.settings``) as plain dataclasses. Here each gets a stricter twin that
+validates; ``loose`` turns what was read back into the runtimes' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from types import GenericAlias
+from typing import Annotated, Any, Union
+
+from pydantic import Discriminator, Tag
+
+from graph.select import Selector
+from recipes.kinds import hints
+from recipes.numbers import Below1, Count, Globs, Natural, NotNegative, Positive, Ratio, Seed, Text
+from runtimes import settings
+
+SOURCES: dict[str, type[Any]] = {
+    "hf": settings.HubDataset,
+    "jsonl": settings.JsonLines,
+    "text": settings.TextFiles,
+    "source": settings.PythonStdlib,
+}
+"""The key that tells a source of data from the others; the first of them that is there decides."""
+
+OBJECTIVES: dict[str, type[Any]] = {"causal-lm": settings.CausalLm, "kd": settings.Kd}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSelector(Selector):
+    """A selector of trained tensors."""
+
+    group: str | tuple[str, ...] | None = None
+    """Groups that passes put tensors in, globs allowed: ``lora.*``."""
+
+
+def _source_of(value: Any) -> str | None:
+    keys = value if isinstance(value, Mapping) else ()
+    return next((kind.__name__ for key, kind in SOURCES.items() if key in keys), None)
+
+
+def _objective_of(value: Any) -> str | None:
+    kind = OBJECTIVES.get(str(value.get("name"))) if isinstance(value, Mapping) else None
+    return kind.__name__ if kind else None
+
+
+_TWINS: dict[type[Any], type[Any]] = {}
+
+
+def _twin(kind: type[Any], **limits: Any) -> type[Any]:
+    """A subclass of ``kind`` that is called the same, with ``limits`` for the types of some fields."""
+    types = {**hints(kind), **limits}
+    made = [
+        (one.name, types[one.name], field(default_factory=one.default_factory))
+        if one.default_factory is not MISSING
+        else (one.name, types[one.name], field(default=one.default))
+        for one in fields(kind)
+    ]
+    twin = make_dataclass(
+        kind.__name__, made, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
+    )
+    _TWINS[kind] = twin
+    return twin
+
+
+def _any_of(kinds: Mapping[str, type[Any]], which: Any) -> Any:
+    tagged = tuple(Annotated[_TWINS[kind], Tag(kind.__name__)] for kind in kinds.values())
+    return Annotated[Union[tagged], Discriminator(which)]  # noqa: UP007 - of a tuple
+
+
+_COLUMNS = dict.fromkeys(("text", "prompt", "response", "messages", "config"), Text | None)
+
+_twin(settings.PythonStdlib)
+_twin(settings.TextFiles, text=Globs)
+_twin(settings.JsonLines, jsonl=Globs, **_COLUMNS)
+_twin(settings.HubDataset, hf=Text, split=Text, **_COLUMNS)
+_twin(settings.CausalLm)
+_twin(settings.Kd, temperature=Positive, alpha=Ratio)
+_GROUP = _twin(
+    settings.Group,
+    select=TensorSelector | None,
+    lr=Positive,
+    weight_decay=NotNegative,
+    betas=tuple[Below1, Below1],
+    eps=Positive,
+    warmup=NotNegative,
+    start_step=Natural,
+    min_lr_ratio=Ratio,
+)
+_DATA = _any_of(SOURCES, _source_of)
+_twin(
+    settings.Train,
+    objective=_any_of(OBJECTIVES, _objective_of),
+    data=_DATA,
+    eval_data=_DATA | None,
+    lr=Positive | None,
+    groups=GenericAlias(dict, (str, _GROUP)) | None,
+    clip=Positive | None,
+    ema=Below1 | None,
+    seed=Seed | None,
+    **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
+    **dict.fromkeys(("eval_every", "save_every"), Natural),
+)
+_twin(
+    settings.Evaluate,
+    data=_DATA | None,
+    tokens=Count | None,
+    **dict.fromkeys(("batches", "batch", "length"), Count),
+)
+
+
+def strict(kind: type[Any]) -> type[Any]:
+    """The twin of ``kind`` that validates; ``kind`` itself, where it has none."""
+    return _TWINS.get(kind, kind)
+
+
+def loose(value: Any) -> Any:
+    """Twins turned back into what they are twins of, at any depth."""
+    if isinstance(value, tuple):
+        return tuple(loose(one) for one in value)
+    if isinstance(value, dict):
+        return {key: loose(one) for key, one in value.items()}
+    if isinstance(value, TensorSelector):
+        options = {one.name: getattr(value, one.name) for one in fields(value)}
+        said = {key: option for key, option in options.items() if option is not None}
+        return said if "group" in said else Selector(**said)
+    base = type(value).__mro__[1]
+    if is_dataclass(value) and _TWINS.get(base) is type(value):
+        return base(**{one.name: loose(getattr(value, one.name)) for one in fields(value)})
+    return value
