@@ -1,0 +1,196 @@
+"""A folder that ``AutoModelForCausalLM.from_pretrained`` loads: dense weights in safetensors, config, tokenizer.
+
+One tensor is held at a time. What is packed is unpacked, what is tied is written once, under the names of the
+architecture. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from graph import Graph, QcError, raise_all
+from graph.artifact import TOKENIZER_FILES, appearing, copy_tokenizer
+from graph.dense import Dense, checkpoint_tensors, model_config
+from graph.weights import Entry, sha256, write
+from runtimes.export import ABOUT, ExportReport
+
+Dtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
+
+DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+_EMBEDDER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+"""What sentence-transformers reads beside the model."""
+
+
+def export(
+    graph: Graph,
+    out: Path,
+    *,
+    dtype: Dtype = "fp16",
+    max_shard: int = 5 * 10**9,
+    source: Path | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write ``graph`` to the folder ``out``, floating tensors in ``dtype``, in files of at most ``max_shard`` bytes.
+
+    Tokenizer, chat template and generation settings come from ``tokenizer``, or from ``source``, the model's folder.
+    ``out`` may not be there yet, or be empty; with ``force`` it is replaced when the new one is whole. ``about`` goes
+    into ``qc-export.json``. Everything missing is named in one go, before any work.
+    """
+    tensors = _prepared(graph, out, dtype, source, tokenizer, force)
+    count = _Count(DTYPES[dtype], dtype)
+    carried = tokenizer or source
+    with _replacing(out, force) as new:
+        write(new, [count.entry(tensor) for tensor in tensors], stem="model", max_shard=max_shard)
+        _write_json(new / "config.json", _config(graph, dtype))
+        if carried is not None:
+            _carry(carried, new)
+        if graph.kind == "causal-lm" and not (new / "generation_config.json").is_file():
+            _write_json(new / "generation_config.json", _generation_config(graph))
+        files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
+        hashes = {name: {"sha256": sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
+        head = {"format": "qc-export", "version": 1, "target": "safetensors", "dtype": dtype}
+        _write_json(new / ABOUT, {**head, **(about or {}), "files": hashes})
+    sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    return ExportReport(out, "safetensors", dtype, sizes, count.figures())
+
+
+def _prepared(
+    graph: Graph, out: Path, dtype: str, source: Path | None, tokenizer: Path | None, force: bool
+) -> list[Dense]:
+    """The tensors to write; raises all that is missing or in the way."""
+    if dtype not in DTYPES:
+        raise QcError(f"no dtype is called {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+    tensors, errors = checkpoint_tensors(graph)
+    if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
+        errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
+    for folder, what in ((source, "model folder"), (tokenizer, "tokenizer folder")):
+        if folder is not None and not folder.is_dir():
+            errors.append(QcError(f"there is no {what} {folder}", fix="check the path"))
+        elif folder is tokenizer is not None and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+            errors.append(QcError(f"{tokenizer} has no tokenizer", fix="give the folder that holds tokenizer.json"))
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force)):
+        fix = "give another folder, or remove it first: nothing is overwritten"
+        errors.append(QcError(f"{out} is already there", fix=fix))
+    raise_all(errors)
+    return tensors
+
+
+@contextmanager
+def _replacing(out: Path, force: bool) -> Iterator[Path]:
+    """A new folder that takes the place of ``out`` when it is whole."""
+    if not (force and out.is_dir() and any(out.iterdir())):
+        with appearing(out) as new:
+            yield new
+        return
+    fresh, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    with appearing(fresh) as new:
+        yield new
+    os.replace(out, old)
+    os.replace(fresh, out)
+    shutil.rmtree(old)
+
+
+@dataclass
+class _Count:
+    """Casts tensors on their way out, checks that they fit, and keeps count."""
+
+    dtype: torch.dtype
+    label: str
+    numbers: int = 0
+    nonzero: int = 0
+    lost: int = 0
+    largest: float = 0.0
+    largest_of: str = ""
+    tensors: int = 0
+
+    def entry(self, tensor: Dense) -> Entry:
+        dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
+        return Entry(tensor.name, tensor.shape, dtype, lambda: self.cast(tensor.name, tensor.load()))
+
+    def cast(self, name: str, value: Tensor) -> Tensor:
+        """``value`` in the export's dtype; a QcError where a number does not survive that."""
+        self.tensors += 1
+        self.numbers += value.numel()
+        if not value.is_floating_point() or not value.numel():
+            return value
+        low, high = (t.item() for t in value.detach().aminmax())  # NaN comes through
+        extreme = low if -low > high else high
+        if not (torch.finfo(self.dtype).min <= low and high <= torch.finfo(self.dtype).max):
+            raise self._beyond(name, value, extreme)
+        if abs(extreme) > self.largest:
+            self.largest, self.largest_of = abs(extreme), name
+        cast = value.detach().to(self.dtype)
+        there = int(torch.count_nonzero(value))
+        self.nonzero += there
+        self.lost += there - int(torch.count_nonzero(cast))
+        return cast
+
+    def _beyond(self, name: str, value: Tensor, extreme: float) -> QcError:
+        if not bool(torch.isfinite(value).all()):
+            bad = value[~torch.isfinite(value)][0].item()
+            fix = "a weight is broken: export an earlier checkpoint, or train with a lower lr"
+            return QcError(f"{name} holds {bad}", site=name, fix=fix)
+        limit = torch.finfo(self.dtype).max
+        fix = (
+            "export with dtype bf16, which reaches as far as fp32" if self.label == "fp16" else "export with dtype fp32"
+        )
+        return QcError(f"{name} holds {extreme:g}, beyond the {limit:g} of {self.label}", site=name, fix=fix)
+
+    def figures(self) -> dict[str, float | int | str]:
+        """tensors, numbers, the largest magnitude and whose it is, the share of numbers that became 0."""
+        return {
+            "tensors": self.tensors,
+            "numbers": self.numbers,
+            "largest": self.largest,
+            "largest_of": self.largest_of,
+            "underflow_share": self.lost / self.nonzero if self.nonzero else 0.0,
+        }
+
+
+def _config(graph: Graph, dtype: Dtype) -> dict[str, Any]:
+    """config.json: the graph's configuration, with the dtype and the class that is now right."""
+    config: dict[str, Any] = model_config(graph).to_dict()
+    for key in [k for k in config if k.startswith("_")]:
+        del config[key]  # where it came from, and how this process ran it
+    return config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "architectures": [_class_name(graph)]}
+
+
+def _class_name(graph: Graph) -> str:
+    from transformers.models.auto import modeling_auto as auto
+
+    table = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if graph.kind == "causal-lm" else auto.MODEL_MAPPING_NAMES
+    name = table[graph.config["model_type"]]
+    return str(name if isinstance(name, str) else name[0])
+
+
+def _generation_config(graph: Graph) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig.from_model_config(model_config(graph))
+    made: dict[str, Any] = json.loads(settings.to_json_string(use_diff=True))
+    return made
+
+
+def _carry(folder: Path, new: Path) -> None:
+    copy_tokenizer(folder, new)
+    for name in _EMBEDDER:
+        if (folder / name).is_file():
+            (new / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, new / name)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

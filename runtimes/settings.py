@@ -1,0 +1,236 @@
+"""What the runtimes can be told: data, training, evaluation. The fields are the keys of a recipe.
+
+Nothing but the standard library is imported here, so that reading a recipe does not load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from graph.select import Selector
+
+Globs: TypeAlias = str | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonStdlib:
+    """The source of Python's standard library, read from the running interpreter."""
+
+    source: Literal["python-stdlib"] = "python-stdlib"
+    """The name of a source that needs no address."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """Text files, each a document."""
+
+    text: Globs
+    """Globs over text files; ``**`` crosses folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where the text of a row is: one column, a pair of prompt and response, or a chat."""
+
+    text: str | None = None
+    """Column with plain text. If no column is named: ``text``, ``messages``, or ``prompt`` and ``response``."""
+
+    prompt: str | None = None
+    """Column with what is asked; not trained on."""
+
+    response: str | None = None
+    """Column with what is answered; goes with ``prompt`` and follows it as it is written, nothing between them."""
+
+    messages: str | None = None
+    """Column with a chat, a list of ``{role, content}``; written out by the model's chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLines(Columns):
+    """Files with one JSON object a line."""
+
+    jsonl: Globs
+    """Globs over .jsonl files; ``**`` crosses folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset(Columns):
+    """A dataset of the Hugging Face hub, or a local folder of one."""
+
+    hf: str
+    """``org/name`` on the hub, or a folder."""
+
+    split: str = "train"
+    """Split, slices allowed: ``train[:1%]``."""
+
+    config: str | None = None
+    """Configuration of the dataset, where it has several."""
+
+
+Data: TypeAlias = PythonStdlib | TextFiles | JsonLines | HubDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLm:
+    """The next token, by cross entropy; only answers count where prompts are known."""
+
+    name: Literal["causal-lm"] = "causal-lm"
+    """The objective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kd:
+    """The next token and the teacher's distribution; the teacher is the graph before the passes."""
+
+    name: Literal["kd"] = "kd"
+    """The objective."""
+
+    temperature: float = 1.0
+    """Divides the logits of both; above 1 the unlikely tokens count more."""
+
+    alpha: float = 1.0
+    """Weight of the teacher, 0 to 1; the rest is the cross entropy of the text."""
+
+
+Objective: TypeAlias = CausalLm | Kd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors that are trained alike."""
+
+    select: Selector | Mapping[str, Any] | None = None
+    """Which tensors. Without it, those whose group has this name or begins with it (``lora``, ``lora.default``),
+    or, if there are none, all trainable ones that no other group selects."""
+
+    lr: float
+    """Learning rate at its highest."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay, per unit of lr; norms, biases and other vectors never decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments of adamw; sgd takes the first as its momentum."""
+
+    eps: float = 1e-8
+    """What adamw adds to the root of the second moment."""
+
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """How lr falls after the warm-up; wsd holds it and falls over the last fifth."""
+
+    warmup: float = 0
+    """Optimizer steps over which lr rises from 0; below 1, a fraction of all steps."""
+
+    start_step: int = 0
+    """Optimizer steps for which this group stays as it is; warm-up and schedule begin then."""
+
+    min_lr_ratio: float = 0.0
+    """Where the schedule ends, as a fraction of lr."""
+
+    def warmup_steps(self, steps: int) -> int:
+        """The warm-up of a training of ``steps`` steps."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How what is trainable is trained."""
+
+    objective: Objective = CausalLm()
+    """What is minimised: causal-lm, or kd, or ``kd: {temperature: 2.0}``."""
+
+    data: Data
+    """What is trained on."""
+
+    eval_data: Data | None = None
+    """What is evaluated on meanwhile; without it, a held-out part of ``data``."""
+
+    steps: int
+    """Optimizer steps."""
+
+    batch: int = 8
+    """Sequences per forward pass and process."""
+
+    length: int = 128
+    """Tokens per sequence."""
+
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+
+    packing: bool = True
+    """Fill every sequence with several texts; otherwise pad."""
+
+    lr: float | None = None
+    """Learning rate of everything trainable; short for one group."""
+
+    groups: Mapping[str, Group] | None = None
+    """Tensors by name of their group, each with its own lr and schedule."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
+
+    clip: float | None = 1.0
+    """Largest norm of the gradient; null does not clip."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the matmuls; trained tensors stay in fp32."""
+
+    checkpointing: bool = False
+    """Compute the activations of each block again in the backward, which saves memory."""
+
+    ema: float | None = None
+    """Decay of a moving average of the trained tensors, per optimizer step; the average is then the result."""
+
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end."""
+
+    eval_batches: int = 16
+    """Batches per evaluation."""
+
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 saves the best and the last."""
+
+    keep: int = 2
+    """Periodic checkpoints that stay on disk."""
+
+    seed: int | None = None
+    """Seed of data order and dropout; without it, the recipe's."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go beside CSV and JSONL."""
+
+    plot: bool = True
+    """Draw the losses at the end."""
+
+    def all_groups(self) -> Mapping[str, Group]:
+        """The groups, or the one that ``lr`` stands for."""
+        if self.groups:
+            return self.groups
+        assert self.lr is not None, "a training has either lr or groups"
+        return {"all": Group(lr=self.lr)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is measured at the end."""
+
+    data: Data | None = None
+    """What is evaluated on; without it, what training evaluates on."""
+
+    metrics: tuple[Literal["perplexity", "kl", "top1"], ...] = ("perplexity",)
+    """perplexity; kl and top1 compare with the graph before the passes."""
+
+    batches: int = 16
+    """Batches, if the data lasts."""
+
+    batch: int = 8
+    """Sequences per batch."""
+
+    length: int = 128
+    """Tokens per sequence."""
+
+    tokens: int | None = None
+    """Tokens after which to stop, if that is earlier."""

@@ -1,0 +1,63 @@
+"""The rows a training reads, and those it is evaluated on; the two never share a document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtimes.data import Corpus, Rows
+from runtimes.data.corpus import Split
+from runtimes.settings import PythonStdlib, Train
+
+NOTHING_HELD_OUT = "not evaluated: the data is a single document, so none can be held out; give eval_data"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a training reads."""
+
+    training: Rows
+    evaluation: Rows | None
+    notes: tuple[str, ...]
+
+
+def open_text(settings: Train, *, tokenizer: Any, root: Path, cache: Path, seed: int, processes: int) -> Text:
+    """Open the data; only as many documents are tokenized as ``processes`` processes will read."""
+    corpus, other, split, eval_split = _sources(settings, root)
+    reserved = other.split(eval_split)
+    same: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "length": settings.length,
+        "packing": settings.packing,
+        "cache": cache,
+    }
+    a_pass = settings.batch * processes * settings.length
+    enough = settings.steps * settings.accumulate * a_pass
+    training = corpus.rows(split, seed=seed, without=reserved.keys(), enough=enough, **same)
+    notes = _notes(training, settings)
+    if not reserved:
+        return Text(training, None, (*notes, NOTHING_HELD_OUT))
+    evaluation = other.rows(eval_split, enough=settings.eval_batches * a_pass, **same)
+    return Text(training, evaluation, notes)
+
+
+def _sources(settings: Train, root: Path) -> tuple[Corpus, Corpus, Split, Split]:
+    """What to train on and what to evaluate on, and of each which split.
+
+    Given the same data for both, or none to evaluate on, a part is held out; of two different ones all is used. The
+    standard library is always split, so that what the shipped model has never seen stays that way.
+    """
+    corpus = Corpus(settings.data, root)
+    if settings.eval_data is None or settings.eval_data == settings.data:
+        return corpus, corpus, "train", "heldout"
+    split: Split = "train" if isinstance(settings.data, PythonStdlib) else "all"
+    eval_split: Split = "heldout" if isinstance(settings.eval_data, PythonStdlib) else "all"
+    return corpus, Corpus(settings.eval_data, root), split, eval_split
+
+
+def _notes(rows: Rows, settings: Train) -> tuple[str, ...]:
+    dropped = rows.layout.dropped
+    if not dropped:
+        return ()
+    return (f"{dropped} documents left out: nothing of their answer lies within {settings.length} tokens",)

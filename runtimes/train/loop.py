@@ -1,0 +1,177 @@
+"""The loop: batches in, trained tensors out.
+
+What happens in optimizer step ``s`` follows from the settings, the seed and ``s``: its rows, its learning rates, its
+dropout. So a checkpoint needs the tensors and the optimizer's memory only, and a resumed training ends in the same
+bytes (on a CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graph import Graph, QcError
+from graph.weights import sha256
+from runtimes.data.disk import sweep
+from runtimes.settings import Train
+from runtimes.train import plot
+from runtimes.train.checkpoints import Checkpoints, State, same
+from runtimes.train.corpus import open_text
+from runtimes.train.distribute import Processes
+from runtimes.train.groups import members
+from runtimes.train.metrics import Metrics, Row, Trackers, read
+from runtimes.train.progress import Progress, Silent, terminal
+from runtimes.train.report import TrainReport, perplexity
+from runtimes.train.student import Student, check
+from runtimes.train.trainer import Trainer
+
+
+def train(
+    graph: Graph,
+    settings: Train,
+    *,
+    tokenizer: Any,
+    folder: Path,
+    teacher: Graph | None = None,
+    seed: int = 0,
+    resolved: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    root: Path = Path(),
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainReport:
+    """Train what is trainable in ``graph``, in place, and leave metrics, checkpoints and a plot in ``folder``.
+
+    ``teacher`` is the graph before the passes, for the objective kd. ``resolved`` is the recipe with every default
+    written out: it goes to the trackers. Relative paths of the data start at ``root``; tokens are kept in ``cache``,
+    or in the folder. If the folder holds a training with the same settings it goes on from its last checkpoint.
+    """
+    seed = settings.seed if settings.seed is not None else seed
+    check(graph)
+    groups = members(graph, settings)
+    processes = Processes(folder, settings.trackers)
+    if processes.main:
+        for own in (folder, folder / "data"):  # what a killed run left half-written
+            sweep(own)
+    with processes.main_first():
+        text = open_text(
+            settings,
+            tokenizer=tokenizer,
+            root=root,
+            cache=cache or folder / "data",
+            seed=seed,
+            processes=processes.count,
+        )
+    generator = torch.random.get_rng_state()
+    try:
+        student = Student(graph, settings, processes)
+        trainer = Trainer(student, settings, groups, text, processes, teacher=teacher, seed=seed)
+        session = _Session(trainer, folder, resume, (progress or terminal()) if processes.main else Silent())
+        return session.run(resolved or {})
+    finally:
+        torch.random.set_rng_state(generator)
+
+
+class _Session:
+    """One run of a training: from its last checkpoint, or its beginning, to the end."""
+
+    def __init__(self, trainer: Trainer, folder: Path, resume: bool, progress: Progress):
+        self.trainer, self.folder, self.progress = trainer, folder, progress
+        self.settings, self.processes = trainer.settings, trainer.processes
+        self.identity = trainer.identity()
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.settings.keep)
+        if self.processes.main:
+            self.checkpoints.start(fresh=not resume)
+        self.processes.wait()
+        found = self.checkpoints.newest()
+        self.state = State(identity=self.identity)
+        if found is not None:
+            path, self.state = found
+            same(self.state, self.identity, folder)
+            trainer.load(path)
+        if not self.processes.agree(self.state.step):
+            raise QcError(f"the processes find different checkpoints in {folder}", fix="give all machines one folder")
+        if not self.processes.agree(int(trainer.start[:6], 16)):
+            raise QcError("the processes train different models", fix="give all machines the same artifact")
+        self.resumed_from = self.state.step
+
+    def run(self, resolved: Mapping[str, Any]) -> TrainReport:
+        metrics = Metrics(self.folder, [m.name for m in self.trainer.groups])
+        trackers = Trackers(self.processes, self.settings.trackers, self.folder, resolved)
+        try:
+            if self.processes.main:
+                metrics.open(self.state.step)
+            self.progress.begin(self.settings.steps, self.state.step)
+            for note in self.trainer.text.notes:
+                self.progress.note(note)
+            while self.state.step < self.settings.steps:
+                row = self._step()
+                if self.processes.main:
+                    metrics.write(row)
+                trackers.write(row)
+                self.progress.step(row)
+                self._save()
+        finally:
+            self.progress.end()
+            metrics.close()
+            trackers.close()
+        return self._finish()
+
+    def _step(self) -> Row:
+        began, before = time.perf_counter(), self.state
+        done = self.trainer.step(before.step, before.rows)
+        took = time.perf_counter() - began
+        row: dict[str, float | int] = {
+            "step": before.step + 1,
+            "loss": done.loss,
+            "tokens": before.tokens + done.tokens,
+        }
+        row |= {"tokens_per_second": round(done.tokens / took, 1), "grad_norm": done.norms.total}
+        row |= {f"lr/{name}": lr for name, lr in done.rates.items()}
+        row |= {f"grad_norm/{name}": norm for name, norm in done.norms.groups.items()}
+        every = self.settings.eval_every
+        due = row["step"] == self.settings.steps or (every and int(row["step"]) % every == 0)
+        best = (before.best_step, before.best_loss)
+        if due and (evaluated := self.trainer.evaluate()) is not None:
+            row |= {"eval_loss": evaluated, "eval_perplexity": perplexity(evaluated)}
+            if best[1] is None or evaluated < best[1]:
+                best = (int(row["step"]), evaluated)
+        row["seconds"] = round(before.seconds + time.perf_counter() - began, 3)
+        self.state = replace(
+            before, step=int(row["step"]), rows=before.rows + done.rows, tokens=before.tokens + done.tokens,
+            seconds=row["seconds"], best_step=best[0], best_loss=best[1],
+        )  # fmt: skip
+        return row
+
+    def _save(self) -> None:
+        """Write a checkpoint if one is due: periodically, when it is the best, and at the end."""
+        step, every = self.state.step, self.settings.save_every
+        periodic = bool(every) and step % every == 0
+        if not (periodic or step == self.settings.steps or step == self.state.best_step):
+            return
+        tensors = self.trainer.tensors()
+        if self.processes.main:
+            self.checkpoints.save(self.state, tensors, periodic)
+        self.processes.wait()
+
+    def _finish(self) -> TrainReport:
+        self.trainer.give_back()
+        rows, notes = read(self.folder), list(self.trainer.text.notes)
+        if self.settings.plot and self.processes.main:
+            note = plot.draw(rows, self.folder / "loss.png", self.folder.name)
+            if note:
+                notes.append(note)
+                self.progress.note(note)
+        path = self.folder / "checkpoints" / f"step-{self.state.step}"
+        state, last = self.state, rows[-1]
+        return TrainReport(
+            steps=state.step, tokens=state.tokens, seconds=state.seconds, first_loss=rows[0]["loss"],
+            last_loss=last["loss"], eval_loss=last.get("eval_loss"), eval_perplexity=last.get("eval_perplexity"),
+            best_step=state.best_step, best_loss=state.best_loss, checkpoint=path,
+            sha256=sha256(path / "trained.safetensors"), resumed_from=self.resumed_from, notes=tuple(notes),
+        )  # fmt: skip

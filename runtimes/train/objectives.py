@@ -1,0 +1,89 @@
+"""What is minimised: a graph, cut before its head where that can be, and the loss on what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from graph import Graph, QcError
+from runtimes.data import Batch
+from runtimes.settings import CausalLm, Kd, Objective
+from runtimes.train.losses import Distilled, Features, cross_entropy, distillation
+
+
+class Loss(Protocol):
+    """An objective, ready to run."""
+
+    def __call__(self, student: Features, batch: Batch) -> Tensor:
+        """The loss of a batch in nats, summed over its labels: fp32 scalar."""
+        ...
+
+
+def cut_head(graph: Graph) -> bool:
+    """Make ``graph`` return what its head reads, and the head's weight and bias, instead of the logits.
+
+    False, and the graph unchanged, where the logits are more than one linear: capped, scaled or adapted.
+    """
+    (output,) = graph.output_nodes()
+    heads = [s for s in graph.sites("aten.linear") if s.node is output]
+    if not heads:
+        return False
+    args = heads[0].node.args
+    graph.set_outputs([a for a in args if isinstance(a, fx.Node)])
+    return True
+
+
+def features(outputs: Any, cut: bool) -> Features:
+    """What a graph returned, as rows."""
+    if not cut:
+        return Features(outputs.flatten(0, -2))
+    x, weight, *bias = outputs
+    return Features(x.flatten(0, -2), weight, bias[0] if bias else None)
+
+
+def next_token(student: Features, batch: Batch) -> Tensor:
+    """Cross entropy of the next token."""
+    return cross_entropy(student, batch.labels.flatten())
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Cross entropy mixed with the divergence from a teacher that runs beside the student."""
+
+    settings: Kd
+    teacher: Callable[[Batch], Features]
+
+    def __call__(self, student: Features, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            teacher = self.teacher(batch)
+        if teacher.vocabulary != student.vocabulary:
+            raise QcError(
+                f"the teacher has {teacher.vocabulary} tokens and the student {student.vocabulary}",
+                fix="distil from a teacher with the same tokenizer",
+            )
+        mix = Distilled(teacher, self.settings.temperature, self.settings.alpha)
+        return distillation(student, batch.labels.flatten(), mix)
+
+
+def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, device: torch.device) -> Loss:
+    """The loss that ``objective`` asks for; ``teacher`` is a graph of its own and stays as it is."""
+    if isinstance(objective, CausalLm):
+        return next_token
+    if teacher is None:
+        raise QcError(
+            "the objective kd needs a teacher, and none was given",
+            fix="give the graph before the passes as the teacher",
+        )
+    twin = teacher.copy().materialize()
+    twin.to(dtype, device)
+    cut = cut_head(twin)
+    twin.module.recompile()
+
+    def run(batch: Batch) -> Features:
+        return features(twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask), cut)
+
+    return Distillation(objective, run)

@@ -1,0 +1,44 @@
+"""The losses as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtimes.data.disk import explained
+
+MISSING = "no loss.png: matplotlib is not installed; pip install 'qc-compiler[plots]'"
+
+
+def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | None:
+    """Draw the training and evaluation losses of ``rows`` to ``path``; return a note where that cannot be done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return MISSING
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smooth(losses), color="#1f5fa8", linewidth=1.6, label="training, smoothed")
+    evaluated = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), color="#d1622b", marker="o", markersize=4, label="held-out text")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure)
+    with explained("the loss plot", path.parent):
+        figure.savefig(path, dpi=120)
+    return None
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """A moving average that forgets by ``weight`` a step, without the bias of its beginning."""
+    smooth, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        smooth.append(total / norm)
+    return smooth

@@ -1,0 +1,102 @@
+"""The graph as it is trained: a copy, cut before its head, with fused ops, in the dtype of the training.
+
+The copy shares the trained tensors with the graph where they are fp32 on the same device; ``give_back`` writes the
+result into the graph in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from graph import Graph, QcError
+from graph.formats.fuse import fuse_dequantize
+from graph.lora import write_in_place
+from graph.nest import nest
+from runtimes.data import Batch
+from runtimes.settings import Train
+from runtimes.train.distribute import Processes, fill
+from runtimes.train.losses import Features
+from runtimes.train.objectives import cut_head, features
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Student:
+    """What the loop trains."""
+
+    def __init__(self, graph: Graph, settings: Train, processes: Processes):
+        check(graph)
+        self.graph, self.processes = graph, processes
+        self.dtype = DTYPES[settings.precision]
+        self.has_mode = "training" in graph.inputs
+        work = graph.materialize().copy()
+        self.cut = cut_head(work)
+        work.verify()
+        fuse_dequantize(work)
+        write_in_place(work)
+        if work.dtype != self.dtype or work.device != processes.device:
+            work.to(self.dtype, processes.device)
+        names = [name for name, info in graph.tensors().items() if info.trainable]
+        for name in names:
+            work.set_tensor(name, graph.tensor(name).to(processes.device, torch.float32))
+        module: nn.Module = work.module
+        blocks: tuple[str, ...] = ()
+        if settings.checkpointing or processes.sharded:
+            nested = nest(work)
+            module, blocks = nested, nested.qc_blocks
+        if settings.checkpointing:
+            for block in blocks:
+                _recompute(module.get_submodule(block))
+        self.module = processes.wrap(module, blocks)
+        inner = self.module.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else self.module
+        everything = dict(inner.named_parameters())
+        self.parameters: Mapping[str, Tensor] = {name: everything[name] for name in names}
+
+    def __call__(self, batch: Batch, training: bool) -> Features:
+        """Run it; under bf16 the trained fp32 tensors are cast as they are used."""
+        mode = {"training": training} if self.has_mode else {}
+        bf16 = (
+            torch.autocast(self.processes.device.type, torch.bfloat16)
+            if self.dtype == torch.bfloat16
+            else nullcontext()
+        )
+        with bf16:
+            outputs: Any = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **mode)
+        return features(outputs, self.cut)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Give the trained tensors these values."""
+        for name, parameter in self.parameters.items():
+            fill(parameter, values[name])
+
+    def give_back(self, values: Mapping[str, Tensor]) -> None:
+        """Put the trained values into the graph, in the dtype they had there."""
+        for name, value in values.items():
+            self.graph.set_tensor(name, value.to(self.graph.device, self.graph.dtype_of(name), copy=True))
+
+
+def check(graph: Graph) -> None:
+    """Refuse what cannot be trained."""
+    if graph.kind != "causal-lm":
+        raise QcError(
+            f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
+            fix="capture the model with kind='causal-lm'",
+        )
+    bare = [n for n in graph.tensors() if n not in graph.stored and graph.tensor(n).is_meta]
+    if bare:
+        raise QcError(
+            f"the graph is a plan without weights: {bare[0]} has no value",
+            fix="capture a folder with weights, not a configuration",
+        )
+
+
+def _recompute(block: nn.Module) -> None:
+    """Make ``block`` keep its inputs only, and run again in the backward."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)

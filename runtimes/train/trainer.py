@@ -1,0 +1,215 @@
+"""One optimizer step, one evaluation, and all that a checkpoint has to hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graph import Graph
+from runtimes.data import Batch
+from runtimes.settings import Train
+from runtimes.train.checkpoints import Tensors, load
+from runtimes.train.corpus import Text
+from runtimes.train.distribute import Processes, fill, local, whole
+from runtimes.train.gradients import Norms, prepare
+from runtimes.train.groups import Members, memory, optimizer, remember
+from runtimes.train.identity import digest, identity
+from runtimes.train.objectives import loss_of, next_token
+from runtimes.train.schedules import rate
+from runtimes.train.student import Student
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did, over all processes."""
+
+    loss: float
+    """Nats per label."""
+
+    tokens: int
+    rows: int
+    norms: Norms
+    rates: Mapping[str, float]
+
+
+class Trainer:
+    """A student, its optimizer and its text."""
+
+    def __init__(
+        self,
+        student: Student,
+        settings: Train,
+        groups: Sequence[Members],
+        text: Text,
+        processes: Processes,
+        *,
+        teacher: Graph | None,
+        seed: int,
+    ):
+        self.student, self.settings, self.groups, self.text = student, settings, groups, text
+        self.processes, self.seed = processes, seed
+        self.start = digest(student.graph, student.parameters)
+        self.loss = loss_of(settings.objective, teacher, student.dtype, processes.device)
+        self.optimizer = optimizer(groups, student.parameters, student.graph, settings.optimizer)
+        self.average: dict[str, Tensor] | None = None
+        if settings.ema is not None:
+            self.average = {name: p.detach().clone() for name, p in student.parameters.items()}
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def step(self, number: int, first_row: int) -> Step:
+        """Take optimizer step ``number`` (0 is the first) on the rows from ``first_row`` on."""
+        batches = self._batches(first_row)
+        counts = [(int((b.labels >= 0).sum()), int((b.attention_mask > 0).sum())) for b in batches]
+        labels, tokens = self._sum(sum(n for n, _ in counts), sum(n for _, n in counts))
+        total = torch.zeros((), device=self.processes.device)
+        scale = self.processes.count / max(labels, 1)  # gradients are averaged over the processes
+        for nth, batch in enumerate(batches):
+            self._seed(number, nth)
+            with self.processes.accumulating(self.student.module, last=nth == len(batches) - 1):
+                here = batch.to(self.processes.device)
+                loss = self.loss(self.student(here, training=True), here)
+                torch.autograd.backward(loss * scale)
+            total += loss.detach()
+        mean = self.processes.sum(total) / max(labels, 1)
+        value, norms = prepare(
+            self._gradients(number), mean, step=number + 1, clip=self.settings.clip, reduce=self.processes.sum_shards
+        )
+        rates = self._set_rates(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._follow()
+        return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates)
+
+    def _follow(self) -> None:
+        """Move the average a little towards the trained tensors."""
+        if self.average is None or self.settings.ema is None:
+            return
+        average = [local(value) for value in self.average.values()]
+        torch._foreach_lerp_(average, [local(p) for p in self.student.parameters.values()], 1 - self.settings.ema)
+
+    def _sum(self, *counts: int) -> list[int]:
+        """The sum of each count over all processes."""
+        if self.processes.count == 1:
+            return list(counts)
+        found: list[int] = self.processes.sum(torch.tensor(counts, device=self.processes.device)).tolist()
+        return found
+
+    def _rows_a_pass(self) -> int:
+        return self.settings.batch * self.processes.count
+
+    def _batches(self, first_row: int) -> list[Batch]:
+        """Of the step's rows the part of this process, a batch for each forward pass."""
+        size = self.settings.batch
+        starts = (
+            first_row + nth * self._rows_a_pass() + self.processes.rank * size
+            for nth in range(self.settings.accumulate)
+        )
+        return [self.text.training.shuffled(start, size) for start in starts]
+
+    def _seed(self, step: int, nth: int) -> None:
+        """What is random in a forward pass follows from the seed, the step, the pass and the process."""
+        if self.student.has_mode:
+            said = f"{self.seed} {step} {nth} {self.processes.rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little", signed=True))
+
+    def _gradients(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """The gradients by group; a group that has not started yet loses its own."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for member in self.groups:
+            named = found[member.name] = {}
+            for name in member.tensors:
+                parameter = self.student.parameters[name]
+                if step < member.group.start_step:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    named[name] = parameter.grad
+        return found
+
+    def _set_rates(self, step: int) -> dict[str, float]:
+        rates = {m.name: rate(m.group, step, self.settings.steps) for m in self.groups}
+        for entry in self.optimizer.param_groups:
+            entry["lr"] = rates[entry["group"]]
+        return rates
+
+    # -- an evaluation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Cross entropy in nats per label on held-out text, of the average if there is one; None without such text."""
+        rows = self.text.evaluation
+        if rows is None:
+            return None
+        size, found = self.settings.batch, torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        with self._averaged():
+            for nth in range(self.settings.eval_batches):
+                first = nth * self._rows_a_pass() + self.processes.rank * size
+                numbers = range(min(first, len(rows)), min(first + size, len(rows)))
+                if not numbers and not self.processes.sharded:
+                    break
+                batch = rows.batch(numbers or range(1)).to(self.processes.device)
+                if numbers:
+                    found[0] += next_token(self.student(batch, training=False), batch)
+                    found[1] += (batch.labels >= 0).sum()
+                else:  # the shards are gathered by all processes together
+                    self.student(batch, training=False)
+        loss, labels = self.processes.sum(found).tolist()
+        return float(loss / max(labels, 1))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the trained tensors have the values of the average."""
+        if self.average is None:
+            yield
+            return
+        parameters = [local(p) for p in self.student.parameters.values()]
+        kept = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, [local(value) for value in self.average.values()])
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, kept)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Tensors:
+        """All that a checkpoint holds; where tensors are sharded, every process must ask."""
+        found = {
+            "trained": {name: whole(p) for name, p in self.student.parameters.items()},
+            "optimizer": {name: whole(value) for name, value in memory(self.optimizer).items()},
+        }
+        if self.average is not None:
+            found["average"] = {name: whole(value) for name, value in self.average.items()}
+        return found
+
+    def load(self, path: Path) -> None:
+        """Take everything from a checkpoint."""
+        self.student.load(load(path, "trained"))
+        remember(self.optimizer, self.student.parameters, load(path, "optimizer"))
+        if self.average is not None:
+            for name, value in load(path, "average").items():
+                fill(self.average[name], value)
+
+    def give_back(self) -> None:
+        """Put the result, the average if there is one, into the graph."""
+        result = self.student.parameters if self.average is None else self.average
+        self.student.give_back({name: whole(value) for name, value in result.items()})
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a training to go on."""
+        rows = self.text.training
+        return identity(
+            self.settings,
+            self.groups,
+            batch=self._rows_a_pass(),
+            seed=self.seed,
+            data=rows.tokens.key,
+            start=self.start,
+        )

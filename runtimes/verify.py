@@ -1,0 +1,285 @@
+"""Does an export compute what its graph computes? An independent reader loads it in a fresh process and tells.
+
+Two references, because two things can go wrong. *Written right*: the graph in fp32 with every weight rounded to the
+export's dtype; transformers must agree to 70 dB, for nothing is left but the order of additions. *Rounded well*: the
+graph as it is; what is lost there is the price of the dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from graph import Graph, QcError
+from graph.core import Streaming
+from graph.dense import constant_nodes
+from graph.probe import psnr_db, vocabulary
+from graph.sites import Site
+from graph.weights import read_header, sha256
+from runtimes.export import ABOUT
+from runtimes.verify_worker import PROBE_TEXTS
+
+Probe: TypeAlias = tuple[Tensor, Tensor]
+"""Tokens and mask, [B, T] each."""
+
+WRITTEN_DB = 70.0
+"""PSNR of the export against the graph with rounded weights."""
+
+ROUNDED_DB = {"fp32": 70.0, "fp16": 45.0, "bf16": 25.0}
+"""PSNR of the export against the graph as it is, by the export's dtype."""
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    what: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of an export."""
+
+    findings: tuple[Finding, ...]
+    psnr_db: float
+    """Against the graph with rounded weights: ``export/psnr_db``."""
+
+    rounded_db: float
+    """Against the graph as it is."""
+
+    max_difference: float
+    """Largest |export - graph| over all logits, the graph as it is."""
+
+    top1: float
+    """Share of positions where both find the same token likeliest; of encoders the same largest component."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(finding.passed for finding in self.findings)
+
+    def table(self) -> str:
+        """One line for everything that was checked."""
+        width = max(len(f.what) for f in self.findings)
+        return "\n".join(f"{'ok  ' if f.passed else 'FAIL'}  {f.what:<{width}}  {f.found}" for f in self.findings)
+
+    def figures(self) -> dict[str, float | bool]:
+        """For a report or ``--json``."""
+        return {
+            "passed": self.passed, "export/psnr_db": self.psnr_db, "rounded_db": self.rounded_db,
+            "max_difference": self.max_difference, "top1": self.top1,
+        }  # fmt: skip
+
+
+def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
+    """Check the export in ``folder`` against the ``graph`` it was made of; it may lie on disk still.
+
+    ``tokenizer`` is that of the model, to compare the export's with; without it, the export's must agree with itself.
+    ``timeout`` in seconds is for the process that reads the export.
+    """
+    about = _about(folder)
+    files = (_hashes(folder, about), _headers(folder, about))
+    if not all(finding.passed for finding in files):
+        return _unread(files)
+    probes = probe_batches(graph)
+    read, facts = _read(folder, graph, probes, timeout)
+    if not facts:
+        return _unread((*files, Finding("transformers loads it", False, str(read))))
+    loaded = Finding("transformers loads it", True, str(facts["model"]))
+    texts = _texts(facts, graph.kind, tokenizer)
+    return _compared((*files, loaded), graph, probes, [t for t in read if isinstance(t, Tensor)], about["dtype"], texts)
+
+
+def _unread(findings: tuple[Finding, ...]) -> Verification:
+    return Verification(findings, -math.inf, -math.inf, math.inf, 0.0)
+
+
+def _compared(
+    before: tuple[Finding, ...], graph: Graph, probes: list[Probe], read: list[Tensor], dtype: str, after: list[Finding]
+) -> Verification:
+    """The numbers, at all tokens that are not padding."""
+    rounded = Rounded(graph, _DTYPES[dtype])
+    ours = _tokens([_as_it_is(graph, *probe) for probe in probes], probes)
+    exact = _tokens([rounded.run_on(*probe) for probe in probes], probes)
+    theirs = _tokens(read, probes)
+    written_db, rounded_db = psnr_db(exact, theirs), psnr_db(ours, theirs)
+    difference = (theirs.double() - ours.double()).abs().max().item()
+    top1 = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
+    floor = ROUNDED_DB[dtype]
+    price = f"{rounded_db:.1f} dB PSNR of {floor:g} dB, max |Δ| {difference:.2g}, top-1 agreement {top1:.1%}"
+    numbers = (
+        Finding("written right", written_db >= WRITTEN_DB, f"{written_db:.1f} dB PSNR of {WRITTEN_DB:g} dB"),
+        Finding(f"rounded to {dtype}", rounded_db >= floor, price),
+    )
+    return Verification((*before, *numbers, *after), written_db, rounded_db, difference, top1)
+
+
+def _tokens(values: list[Tensor], probes: list[Probe]) -> Tensor:
+    """[B, T, d] of every probe  ->  [tokens, d]."""
+    return torch.cat([value[mask.bool()] for value, (_, mask) in zip(values, probes, strict=True)])
+
+
+# -- the files ------------------------------------------------------------------------------------------------------
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / ABOUT
+    if not path.is_file():
+        raise QcError(f"{folder} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
+    try:
+        about: dict[str, Any] = json.loads(path.read_text())
+        if about["format"] != "qc-export" or about["dtype"] not in _DTYPES or not isinstance(about["files"], Mapping):
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise QcError(f"{path} is damaged", fix="export again") from None
+    return about
+
+
+def _hashes(folder: Path, about: dict[str, Any]) -> Finding:
+    for name, entry in about["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return Finding("files", False, f"{name} is missing")
+        if sha256(path) != entry["sha256"]:
+            return Finding("files", False, f"{name} is not what was written: its sha256 is wrong")
+    return Finding("files", True, f"{len(about['files'])}, each with its sha256")
+
+
+def _headers(folder: Path, about: dict[str, Any]) -> Finding:
+    """The safetensors files as their own headers describe them."""
+    count = 0
+    dtype = _DTYPES[about["dtype"]]
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            stored = read_header(path)
+        except QcError as error:
+            return Finding("tensors", False, error.what)
+        wrong = next((n for n, s in stored.items() if s.dtype.is_floating_point and s.dtype is not dtype), None)
+        if wrong is not None:
+            return Finding("tensors", False, f"{wrong} is not {about['dtype']}")
+        count += len(stored)
+    return Finding("tensors", count > 0, f"{count} in {about['dtype']}")
+
+
+# -- the reader -----------------------------------------------------------------------------------------------------
+
+
+def probe_batches(graph: Graph) -> list[Probe]:
+    """Fixed tokens and masks [B, T]: a batch without padding, one padded on the right, one on the left; two lengths."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for batch, length, side in ((2, 24, None), (3, 17, "right"), (3, 17, "left")):
+        ids = torch.randint(0, vocabulary(graph), (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if side == "right":
+            mask[1, -5:] = 0
+        elif side == "left":
+            mask[1, :5] = 0
+        found.append((ids, mask))
+    return found
+
+
+def _read(folder: Path, graph: Graph, probes: list[Probe], timeout: float) -> tuple[list[Tensor] | str, dict[str, Any]]:
+    """What transformers computes on the probes, in a process of its own, and its facts; or why it does not."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    named = {f"ids_{i}": ids for i, (ids, _) in enumerate(probes)} | {
+        f"mask_{i}": mask for i, (_, mask) in enumerate(probes)
+    }
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
+        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
+        save_file(named, inputs, metadata={"kind": graph.kind})
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-m", "runtimes.verify_worker", str(folder), str(inputs), str(outputs)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        except subprocess.TimeoutExpired:
+            return f"the reader did not finish in {timeout:g} s", {}
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"the reader ended with {done.returncode}"]
+            return lines[-1][:300], {}
+        with safe_open(outputs, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            return [file.get_tensor(f"out_{i}") for i in range(len(probes))], facts
+
+
+def _texts(facts: dict[str, Any], kind: str, tokenizer: Any) -> list[Finding]:
+    """What the reader found of tokenizer and generation settings."""
+    said, found = facts["tokenizer"], []
+    if said is None:
+        found.append(Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing"))
+    else:
+        wanted = said["ids"] if tokenizer is None else [tokenizer(text)["input_ids"] for text in PROBE_TEXTS]
+        same = said["ids"] == wanted and said["again"] == said["ids"]
+        good = f"round trip of {len(PROBE_TEXTS)} texts" + (", with a chat template" if said["chat"] else "")
+        found.append(Finding("tokenizer", same, good if same else "a round trip gives other tokens"))
+    if kind == "causal-lm":
+        there = facts["generation"]
+        found.append(Finding("generation settings", there, "there" if there else "generation_config.json is missing"))
+    return found
+
+
+# -- the references -------------------------------------------------------------------------------------------------
+
+
+def _as_it_is(graph: Graph, ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = graph(input_ids=ids.to(graph.device), attention_mask=mask.to(graph.device))
+    return out.float().cpu()
+
+
+class Rounded(Streaming):
+    """Runs a graph in fp32 with its weights as an export holds them: rounded to ``dtype`` where an op reads them.
+
+    It works on the values alone, whatever their names and packing, so it shares nothing with the exporter.
+    """
+
+    def __init__(self, graph: Graph, dtype: torch.dtype):
+        source = graph.copy()
+        was = {node: node.meta["val"] for node in constant_nodes(source)}
+        if source.dtype is not torch.float32:
+            source.to(torch.float32)
+        super().__init__(source)
+        floats = {n: val for n, val in was.items() if isinstance(val, Tensor) and val.is_floating_point()}
+        self.steps = {node: (val.dtype, dtype) for node, val in floats.items()}
+
+    def run_on(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The output for tokens and mask [B, T], in fp32."""
+        device = self.source.device
+        out: Tensor = self.run_with({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+        return out.float().cpu()
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """The arguments of an op, its weights rounded; an expression on nothing but weights is rounded at its end."""
+        if n in self.steps:
+            return super().fetch_args_kwargs_from_env(n)
+        kept = {arg: self.env[arg] for arg in n.all_input_nodes if arg in self.steps and self._written(arg)}
+        for arg, value in kept.items():
+            for dtype in self.steps[arg]:  # that of the graph first, in which it unpacks what is packed
+                value = value.to(dtype)
+            self.env[arg] = value.to(torch.float32)
+        result = super().fetch_args_kwargs_from_env(n)
+        self.env.update(kept)
+        return result
+
+    def _written(self, node: fx.Node) -> bool:
+        names = [str(node.target)] if node.op == "get_attr" else Site(self.source, node).tensors()
+        return any(self.source.info(name).saved for name in names)
