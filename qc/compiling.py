@@ -1,0 +1,197 @@
+"""Compiling a stage of a recipe: capture or load, run the passes, write the artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from graph.errors import QcError, QcErrors
+from qc.runs import Run, code_digest, identity, link_tree, write_text
+from recipes.schema import PassStep, Recipe, Stage
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Tell = Callable[[str], None]
+
+
+def compile_stage(
+    run: Run, recipe: Recipe, stage: Stage, parent: Path | None, *, check: bool = True, tell: Tell = print
+) -> Path:
+    """The folder of the compiled artifact of ``stage``, which starts from the model or from the artifact ``parent``.
+
+    What has been compiled before from the same content is taken as it is.
+    """
+    folder = run.stage(stage.name) / "compiled"
+    if (folder / "manifest.json").is_file():
+        tell(f"{stage_name(stage)}compiled before: {folder}")
+        return folder
+    key = _key(recipe, stage, parent)
+    index = run.folder.parent.parent / ".cache" / f"{key}.txt"
+    if index.is_file() and (known := Path(index.read_text().strip())).joinpath("manifest.json").is_file():
+        link_tree(known, folder)
+        tell(f"{stage_name(stage)}compiled before: {known}")
+        return folder
+    start = time.perf_counter()
+    _compile(folder, recipe, stage, parent, check, tell)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    write_text(index, f"{folder.resolve()}\n")
+    run.measure(step_name(stage, "compiled"), seconds=time.perf_counter() - start)
+    return folder
+
+
+def stage_name(stage: Stage) -> str:
+    """``adapt: `` in front of messages, nothing for a recipe without stages."""
+    return "" if stage.name == "main" else f"{stage.name}: "
+
+
+def step_name(stage: Stage, what: str) -> str:
+    """``tune/trained``; a recipe without stages has no stage to name."""
+    return what if stage.name == "main" else f"{stage.name}/{what}"
+
+
+def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
+    resolved = recipe.resolved()
+    passes = (
+        resolved["passes"]
+        if not recipe.stages
+        else next(s["passes"] for s in resolved["stages"] if s["name"] == stage.name)
+    )
+    source = (
+        identity(str(recipe.model))
+        if parent is None
+        else hashlib.sha256((parent / "manifest.json").read_bytes()).hexdigest()
+    )
+    return hashlib.sha256(json.dumps([passes, recipe.dtype, recipe.seed, source, code_digest()]).encode()).hexdigest()[
+        :24
+    ]
+
+
+def _compile(folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell) -> None:
+    import torch
+
+    import qc
+    from graph import capture
+    from graph.artifact import load, save
+    from graph.checkpoint import locate
+    from passes.runner import apply
+    from recipes.lock import text as lock_text
+
+    if recipe.models is not None:
+        raise QcError("a recipe of several models cannot be compiled yet", line=str(recipe.file), fix="give one model:")
+    if parent is None:
+        graph, tokenizer, parent_digest = (
+            capture(str(recipe.model), dtype=getattr(torch, DTYPES[recipe.dtype])),
+            locate(str(recipe.model)),
+            None,
+        )
+        tell(f"{stage_name(stage)}captured {recipe.model}: {len(graph.sites())} ops, {graph.blocks} blocks")
+    else:
+        artifact = load(parent)
+        graph, tokenizer, parent_digest = artifact.graph, artifact.tokenizer or parent, artifact.digest
+    texts = {
+        "recipe.yaml": recipe.file.read_text(),
+        "recipe.lock.yaml": lock_text(recipe),
+        "passes/00-start.txt": f"{graph}\n",
+    }
+    reports = []
+    for number, step in enumerate(stage.passes, 1):
+        torch.manual_seed(recipe.seed)
+        start = time.perf_counter()
+        report = run_step(
+            step,
+            lambda s: apply(
+                s.step, graph, check=check, batch=recipe.probe.batch, length=recipe.probe.length, line=s.line
+            ),
+        )
+        reports.append(
+            {"pass": step.kind, "name": step.name, "seconds": round(time.perf_counter() - start, 3), **asdict(report)}
+        )
+        texts[f"passes/{number:02}-{step.name}.txt"] = f"{graph}\n"
+        tell(f"{stage_name(stage)}{step.name}: {len(report.changed)} sites{_figures(report.figures)}")
+    about = {
+        "kind": "compiled", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name, "reports": reports,
+        "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": identity(str(recipe.model)),
+    }  # fmt: skip
+    save(folder, graph, texts=texts, tokenizer=tokenizer, parent=parent_digest, about=about)
+
+
+def run_step(step: PassStep, action: Callable[[PassStep], Any]) -> Any:
+    """Do ``action``; a QcError on the way learns where in the recipe the pass and its options are."""
+    try:
+        return action(step)
+    except QcErrors as errors:
+        for error in errors.errors:
+            error.line = step.line_of(error)
+        raise
+    except QcError as error:
+        error.line = step.line_of(error)
+        raise
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(figures.items())[:4]]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def versions() -> dict[str, str]:
+    """The versions of what had a hand in an artifact."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _dry(graph: Any) -> Callable[[PassStep], Any]:
+    from passes.runner import apply
+
+    return lambda step: apply(step.step, graph, check=False, line=step.line)
+
+
+def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
+    """The graph that a recipe would give, without weights, and all mistakes that shapes show. Nothing is computed.
+
+    ``until`` is the last stage to take part; without it, all do.
+    """
+    import torch
+
+    from graph import capture
+    from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
+
+    errors: list[QcError] = []
+    stages = _stages(recipe, until)
+    folder = locate(str(recipe.model))
+    dtype = getattr(torch, DTYPES[recipe.dtype])
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    if has_weights:
+        weight_files(folder)
+        open_checkpoint(str(folder))
+    graph = capture(read_config(folder), dtype=dtype)
+    for stage in stages:
+        for step in stage.passes:
+            before = graph.copy()
+            try:
+                run_step(step, _dry(graph))
+            except QcErrors as found:
+                errors += found.errors
+                graph = before
+            except QcError as error:
+                errors.append(error)
+                graph = before
+    return graph, errors
+
+
+def _stages(recipe: Recipe, until: str | None) -> tuple[Stage, ...]:
+    names = [stage.name for stage in recipe.plan()]
+    if until is not None and until not in names:
+        raise QcError(f"{recipe.file.name} has no stage {until!r}", fix=f"its stages are {', '.join(names)}")
+    return recipe.plan()[: None if until is None else names.index(until) + 1]

@@ -1,0 +1,126 @@
+"""Writing artifacts for other runtimes, and checking what was written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from graph.artifact import Artifact, load
+from graph.errors import QcError
+from qc.compiling import compile_stage, stage_name, step_name
+from qc.console import VerificationFailed, size
+from qc.measuring import folder_bytes
+from qc.runs import Run, find_artifact, find_run
+from recipes.schema import Recipe, Stage
+from recipes.settings import Export
+
+Tell = Callable[[str], None]
+
+
+def export_stage(
+    run: Run, stage: Stage, wanted: Export, artifact: Path, tell: Tell, verify: bool = True
+) -> dict[str, Any]:
+    """Export an artifact, load that back in a fresh process, compare; what was exported before is checked again."""
+    folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
+    found = export_artifact(artifact, wanted, folder, tell, verify)
+    run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
+    return found
+
+
+def export_artifact(artifact: Path, wanted: Export, folder: Path, tell: Tell, verify: bool = True) -> dict[str, Any]:
+    """Write an artifact for another runtime."""
+    from runtimes.export import find
+
+    start = time.perf_counter()
+    loaded = load(artifact)
+    if (folder / "config.json").is_file():
+        tell(f"exported before: {folder}")
+    else:
+        report = find(wanted.target)(
+            loaded.graph,
+            folder,
+            dtype=wanted.dtype,
+            max_shard=_bytes_of(wanted.max_shard_size),
+            tokenizer=loaded.tokenizer,
+        )
+        tell(f"wrote {report.folder}: {size(report.bytes)}")
+    found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
+    if verify:
+        found |= _verified(loaded, folder, tell)
+    return found | {"seconds": time.perf_counter() - start}
+
+
+def _bytes_of(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    return int(float(text[:-2]) * units[text[-2:]])
+
+
+def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
+    from runtimes.verify import verify
+
+    report = verify(folder, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.tokenizer else None)
+    tell(report.table())
+    if not report.passed:
+        raise VerificationFailed(
+            f"{folder} does not compute what {loaded.folder} computes",
+            fix="see the table; remove the export and export again",
+        )
+    return {"export/psnr_db": report.psnr_db, "top1": report.top1}
+
+
+def export_newest(
+    given: str | None, target: str, dtype: str | None, out: Path | None, verify: bool, runs: Path, tell: Tell
+) -> dict[str, Any]:
+    """``qc export``: of an artifact as it is, or of a run, whose remaining passes are run first."""
+    from runtimes.export import find
+
+    find(target)
+    if dtype is not None and dtype not in ("fp16", "bf16", "fp32"):
+        raise QcError(f"{dtype!r} is no dtype to export", fix="use fp16, bf16 or fp32")
+    if given is not None and (Path(given) / "manifest.json").is_file():
+        wanted = Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
+        folder = out or Path(given).parent / f"export-{target}-{wanted.dtype}"
+        return export_artifact(Path(given), wanted, folder, tell, verify)
+    run = find_run(given, runs)
+    recipe = run.recipe()
+    stage, artifact = finish_passes(run, recipe, tell)
+    said = next(
+        (e for s in recipe.plan() for e in s.export if e.target == target and (dtype is None or e.dtype == dtype)), None
+    )
+    wanted = said or Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
+    folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
+    found = export_artifact(artifact, wanted, folder, tell, verify)
+    run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
+    return found
+
+
+def finish_passes(run: Run, recipe: Recipe, tell: Tell) -> tuple[Stage, Path]:
+    """Compile the stages that are left and need no training; the last stage and its artifact."""
+    newest: Path | None = None
+    for stage in recipe.plan():
+        folder = run.stage(stage.name)
+        compiled = compile_stage(run, recipe, stage, newest, tell=tell)
+        newest = folder / "trained" if stage.train is not None else compiled
+        if not (newest / "manifest.json").is_file():
+            raise QcError(f"{stage_name(stage) or recipe.name + ' '}is not trained yet", fix="run qc train first")
+    assert newest is not None
+    return stage, newest
+
+
+def verify_export(exported: Path, artifact: str | None, runs: Path) -> dict[str, Any]:
+    """``qc verify``: the artifact is the given one, or that of the run the export lies in, or of the latest run."""
+    from runtimes.export import ABOUT
+    from runtimes.verify import verify
+
+    if not (exported / ABOUT).is_file():
+        raise QcError(f"{exported} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
+    near = next((p for p in exported.resolve().parents if (p / "run.json").is_file()), None)
+    loaded = load(find_artifact(artifact or (str(near) if near else None), runs))
+    report = verify(exported, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.tokenizer else None)
+    if not report.passed:
+        raise VerificationFailed(
+            f"{exported} does not compute what {loaded.folder} computes:\n{report.table()}", fix="export it again"
+        )
+    return {"ok": True, "text": report.table(), **report.figures()}

@@ -1,0 +1,75 @@
+"""Training the compiled artifact of a stage."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from graph.artifact import load, save
+from graph.errors import QcError
+from qc.compiling import stage_name, step_name, versions
+from qc.runs import Run
+from recipes.schema import Recipe, Stage
+
+Tell = Callable[[str], None]
+
+
+def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
+    """Train the compiled artifact of a stage; the folder of the trained one. What is trained already stays as it is."""
+    folder = run.stage(stage.name)
+    if (folder / "trained" / "manifest.json").is_file():
+        tell(f"{stage_name(stage)}trained before: {folder / 'trained'}")
+        return folder / "trained"
+    if stage.train is None:
+        raise QcError(f"{recipe.file.name} trains nothing", fix="add train: to the recipe and compile it again")
+    from runtimes.train import train
+
+    compiled = load(folder / "compiled")
+    start = time.perf_counter()
+    graph = compiled.graph.materialize()
+    teacher = start_of(str(recipe.model), compiled.graph.dtype) if stage.train.objective.name == "kd" else None
+    report = train(
+        graph, stage.train, tokenizer=compiled.load_tokenizer(), folder=folder / "train", teacher=teacher,
+        seed=recipe.seed, resolved=recipe.resolved(), root=recipe.file.parent,
+        cache=run.folder.parent.parent / ".cache" / "tokens",
+    )  # fmt: skip
+    if _first_process():
+        about = {
+            "kind": "trained", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name,
+            "train": {"steps": report.steps, "tokens": report.tokens, "last_loss": report.last_loss},
+            "seed": recipe.seed, "versions": versions(),
+            "source": compiled.manifest.get("source"), "reports": compiled.manifest.get("reports", []),
+        }  # fmt: skip
+        texts = {name: (compiled.folder / name).read_text() for name in compiled.manifest["files"] if _carried(name)}
+        save(folder / "trained", graph, texts=texts, tokenizer=compiled.tokenizer, parent=compiled.digest, about=about)
+        figures = {"train/loss": report.last_loss, "eval/loss": report.eval_loss, "tokens": report.tokens}
+        run.measure(step_name(stage, "trained"), seconds=time.perf_counter() - start, **figures)
+    _wait()
+    return folder / "trained"
+
+
+def _carried(name: str) -> bool:
+    return name.startswith("passes/") or name in ("recipe.yaml", "recipe.lock.yaml")
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _wait() -> None:
+    import torch.distributed as distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
+@lru_cache(maxsize=1)
+def start_of(model: str, dtype: Any) -> Any:
+    """The graph before the passes: the reference of kl, top1 and kd."""
+    from graph import capture
+
+    return capture(model, dtype=dtype).materialize()
