@@ -5,7 +5,7 @@ graph.txt             its text
 weights.safetensors   its tensors (or numbered shards)
 recipe.yaml           the recipe, verbatim
 recipe.lock.yaml      the recipe, resolved
-manifest.json         sha256 of every file, the parent artifact, a report for each pass
+manifest.json         sha256 of every file and of itself, the parent artifact, a report for each pass
 tokenizer/            the tokenizer and the generation settings of the model
 passes/NN-name.txt    the text after each pass
 """
@@ -13,6 +13,7 @@ passes/NN-name.txt    the text after each pass
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -91,16 +92,16 @@ def save(
     graph.verify()
     with appearing(folder) as new:
         write(new, entries(graph), stem="weights", max_shard=max_shard)
-        (new / "graph.json").write_text(json.dumps(to_json(graph), indent=1) + "\n")
-        (new / "graph.txt").write_text(f"{graph}\n")
+        (new / "graph.json").write_text(json.dumps(to_json(graph), indent=1) + "\n", encoding="utf-8")
+        (new / "graph.txt").write_text(f"{graph}\n", encoding="utf-8")
         for name, content in (texts or {}).items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
-            (new / name).write_text(content)
+            (new / name).write_text(content, encoding="utf-8")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, new / "tokenizer")
         files = {str(p.relative_to(new)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in _files(new)}
         manifest = {"format": "qc-artifact", "version": VERSION, "parent": parent, **(about or {}), "files": files}
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        (new / "manifest.json").write_bytes(sealed(manifest))
     return load(folder, check_hashes=False)
 
 
@@ -118,31 +119,54 @@ def load(folder: Path, *, check_hashes: bool = True) -> Artifact:
     """Open an artifact, strictly: every file with its hash, every tensor known and of its shape, every op allowed."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise QcError(f"{folder} lacks {name}", fix=_FIX)
-        if path.stat().st_size != entry["bytes"]:
-            raise QcError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}", fix=_FIX)
-        if check_hashes and sha256(path) != entry["sha256"]:
-            raise QcError(f"{path} is not what was written: its sha256 is wrong", fix=_FIX)
-    stored: dict[str, Stored] = {}
-    for path in sorted(folder.glob("weights*.safetensors")):
-        stored |= read_header(path)
+        _expect_file(folder / name, entry, check_hashes)
+    stored = _stored(folder, manifest["files"])
+    path = folder / "graph.json"
     try:
-        data = json.loads((folder / "graph.json").read_text())
-    except (OSError, ValueError):
-        raise QcError(f"{folder / 'graph.json'} cannot be read", fix=_FIX) from None
-    graph = from_json(data, stored, str(folder / "graph.json"))
-    for name, source in stored.items():
-        if source.shape != graph.shape(name) or source.dtype != graph.dtype_of(name):
-            raise QcError(
-                f"{source.file} holds {name} as {source.dtype} {list(source.shape)}, the graph wants another type",
-                fix=_FIX,
-            )
-    return Artifact(folder, graph, manifest)
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise QcError(f"{path} cannot be read", fix=_FIX) from None
+    return Artifact(folder, from_json(data, stored, str(path)), manifest)
 
 
 _FIX = "the artifact is damaged; compile the recipe again"
+
+
+def _expect_file(path: Path, entry: Any, check_hash: bool) -> None:
+    """See that a file is the one that was written."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        found = sha256(path) if check_hash and size == entry["bytes"] else entry["sha256"]
+    except OSError as error:
+        raise QcError(f"{path} cannot be read: {error.strerror}", fix="check the permissions and the disk") from None
+    if size is None:
+        raise QcError(f"{path} is missing", fix=_FIX)
+    if size != entry["bytes"]:
+        raise QcError(f"{path} has {size} bytes, the manifest says {entry['bytes']}", fix=_FIX)
+    if found != entry["sha256"]:
+        raise QcError(f"{path} is not what was written: its sha256 is wrong", fix=_FIX)
+
+
+def _stored(folder: Path, files: Mapping[str, Any]) -> dict[str, Stored]:
+    """Where each tensor lies. Weight files that the manifest does not list are no part of the artifact."""
+    stored: dict[str, Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in files:
+            raise QcError(
+                f"{path} is not in the manifest", fix="remove the file; an artifact is never changed in place"
+            )
+        for name, source in read_header(path).items():
+            if name in stored:
+                raise QcError(f"{name} lies in both {stored[name].file} and {path}", fix=_FIX)
+            stored[name] = source
+    return stored
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as its file: the same bytes for the same content, its own sha256 among them."""
+    text = json.dumps({**manifest, "seal": ""}, indent=1, sort_keys=True) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (json.dumps({**manifest, "seal": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -156,15 +180,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             fix="give a folder that qc compile or qc train wrote",
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if manifest["format"] != "qc-artifact" or not isinstance(manifest["files"], dict):
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        if manifest["format"] != "qc-artifact":
             raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest.get("version") != VERSION:
+            what = f"{folder} has version {manifest.get('version')}, this qc reads {VERSION}"
+            raise QcError(what, fix="compile the recipe again")
+        if sealed(manifest) != content:
+            raise ValueError("changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise QcError(f"{path} is damaged", fix=_FIX) from None
-    if manifest.get("version") != VERSION:
-        raise QcError(
-            f"{folder} has version {manifest.get('version')}, this qc reads {VERSION}", fix="compile the recipe again"
-        )
     return manifest
 
 
@@ -180,12 +206,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the name ``folder`` when all is written, and goes when it is not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise QcError(
-            f"{folder} is already there", fix="give another folder, or remove it first: nothing is overwritten"
-        )
     new = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise QcError(
+                f"{folder} is already there", fix="give another folder, or remove it first: nothing is overwritten"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         new.mkdir()
@@ -214,9 +240,10 @@ def disk_error(error: OSError, where: Path) -> QcError:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left of this folder."""
-    for old in folder.parent.glob(f".{folder.name}.tmp-*"):
-        pid = old.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
+    for old in folder.parent.iterdir():
+        stem, _, pid = old.name.rpartition("-")
+        ended = pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists())
+        if stem == f".{folder.name}.tmp" and ended:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -53,7 +53,8 @@ class Checkpoint:
                 missing.append(name)
                 continue
             stored = replace(self.tensors[key], transposed=info.transposed)
-            self._expect_shape(stored, graph.shape(name)[::-1] if info.transposed else graph.shape(name))
+            shape = graph.shape(name)
+            self._expect(stored, shape[::-1] if info.transposed else shape, graph.dtype_of(name))
             bound[name] = stored
         if missing:
             near = get_close_matches(missing[0], list(self.tensors), n=1)
@@ -83,18 +84,25 @@ class Checkpoint:
         renamings = [w for w in get_model_conversion_mapping(model) if isinstance(w, WeightRenaming)]
         return {apply_renamings(key, renamings): key for key in self.tensors}
 
-    def _expect_shape(self, stored: Stored, shape: tuple[int, ...]) -> None:
+    def _expect(self, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        fix = "config.json and the weights do not belong together; fetch both again"
         if stored.shape != shape:
-            raise QcError(
-                f"{stored.file} holds {stored.key} as {list(stored.shape)}, config.json wants {list(shape)}",
-                fix="config.json and the weights do not belong together; fetch both again",
-            )
+            what = f"{stored.file} holds {stored.key} as {list(stored.shape)}, config.json wants {list(shape)}"
+            raise QcError(what, fix=fix)
+        if stored.dtype.is_floating_point != dtype.is_floating_point:
+            kinds = str(stored.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
+            raise QcError(f"{stored.file} holds {stored.key} as {kinds[0]}, the model wants {kinds[1]}", fix=fix)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
     """Open a folder, or ``hf:org/name`` through the hub's cache."""
     folder = locate(name)
     config = read_config(folder)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else type(quantized).__name__
+        fix = "give the model before it was quantized, and let quantize-base do it"
+        raise QcError(f"{folder} is quantized already ({method})", fix=fix)
     return Checkpoint(folder, config, _tensors(folder))
 
 
@@ -135,16 +143,17 @@ def locate(name: str) -> Path:
 
 def read_config(folder: Path) -> Any:
     """The transformers configuration of a model folder."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
         raise QcError(f"{folder} has no config.json", fix="give the folder of a transformers model")
     try:
-        json.loads(path.read_text())
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        json.loads(path.read_bytes())
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, StrictDataclassError) as error:
+        first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]) or type(error).__name__
         raise QcError(
             f"{path} is not a configuration that transformers knows: {first[:300]}", fix="repair config.json"
         ) from None
@@ -155,10 +164,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            named = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            missing = [n for n in named if not (folder / n).is_file()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise QcError(f"{index} is damaged", fix="fetch the checkpoint again") from None
-        missing = [n for n in named if not (folder / n).is_file()]
         if missing:
             raise QcError(
                 f"{folder} lacks {len(missing)} of {len(named)} weight files: {missing[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class Graph:
             self._register(name, value)
         self.dtype, self.device = dtype, torch.device("cpu")
         self.stored = dict(stored or {})
-        self.config = dict(config or {})
+        self.config: dict[str, Any] = json.loads(json.dumps(config or {}))  # plain data, as a saved graph has it
         self.kind = kind
         self.blocks = blocks
         self.shapes = Shapes()
@@ -194,12 +195,10 @@ class Graph:
                 f"{source.file} holds {source.key} as {list(read.shape)}, the model wants {list(value.shape)}",
                 fix="the checkpoint and its config.json do not belong together; fetch both again",
             )
-        if read.is_floating_point() and not bool(torch.isfinite(read).all()):
-            raise QcError(
-                f"{source.key} in {source.file} holds NaN or infinity",
-                fix="fetch the checkpoint again, or repair the model",
-            )
-        return read.to(self.device, value.dtype)
+        value = read.to(self.device, value.dtype)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise _not_finite(source, read, value.dtype)
+        return value
 
     def output_nodes(self) -> list[fx.Node]:
         """The values it returns."""
@@ -323,20 +322,22 @@ class Graph:
         """
         for name, info in self._infos.items():
             _expect_kept(self._find(name), info, name)
-        self.module.graph.eliminate_dead_code()
-        names = Counter(node_name(n) for n in self.module.graph.nodes if n.op == "call_function")
         seen: set[fx.Node] = set()
         for node in self.module.graph.nodes:
-            name, early = node_name(node), [n for n in node.all_input_nodes if n not in seen]
+            for arg in node.all_input_nodes:
+                if arg not in seen:
+                    raise Malformed(f"{node_name(node)} reads {node_name(arg)}, which comes later", node_name(node))
+            seen.add(node)
+        self.module.graph.eliminate_dead_code()
+        names = Counter(node_name(n) for n in self.module.graph.nodes if n.op == "call_function")
+        for node in self.module.graph.nodes:
+            name = node_name(node)
             if names[name] > 1:
                 raise Malformed(f"{names[name]} ops are called {name}", name)
-            if early:
-                raise Malformed(f"{name} reads {node_name(early[0])}, which comes later", name)
             if node.op != "output" and "vals" not in node.meta:
                 raise Malformed(f"{name} has no type", name)
             if node.op == "get_attr" and name not in self._infos:
                 raise Malformed(f"{name} is read and is no tensor of the graph", name)
-            seen.add(node)
         self.module.graph.lint()
         self.module.recompile()
 
@@ -409,6 +410,15 @@ class Streaming(fx.Interpreter):
             if arg.op == "get_attr":
                 self.env[arg] = None
         return result
+
+
+def _not_finite(source: Stored, read: Tensor, dtype: torch.dtype) -> QcError:
+    where = f"{source.key} in {source.file} holds"
+    if not bool(torch.isfinite(read).all()):
+        return QcError(f"{where} NaN or infinity", fix="fetch the checkpoint again, or repair the model")
+    largest, limit = read.abs().max().item(), torch.finfo(dtype).max
+    what = f"{where} {largest:g}, and the largest {text.DTYPES[dtype]} number is {limit:g}"
+    return QcError(what, fix="set dtype to bf16 or fp32")
 
 
 def _expect_kept(value: Tensor | None, info: TensorInfo, name: str) -> None:

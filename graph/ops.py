@@ -209,12 +209,28 @@ def attention(
     causal = bool(causal and mask is None and q.shape[2] > 1)
     if softcap is not None:
         return _softcapped(q, k, v, mask, scale, causal, softcap)
+    if groups > 1 and mask is not None and q.shape[2] == 1:
+        return _one_query(q, k, v, mask, scale)
     if groups > 1 and mask is not None:  # torch's kernels take GQA or a mask, not both without falling to the slow path
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     y = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=bool(groups > 1 and mask is None)
     )
     return y.transpose(1, 2).contiguous()
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention of a single query: the heads of a group are its queries, and no key is copied.
+
+    q: [batch, heads, 1, d]    k, v: [batch, kv_heads, keys, d]  ->  [batch, 1, heads, d]
+    """
+    batch, kv_heads, groups = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    if mask.shape[1] != 1:
+        mask = mask.reshape(mask.shape[0], kv_heads, groups, mask.shape[3])
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q.reshape(batch, kv_heads, groups, q.shape[3]), k, v, attn_mask=mask, scale=scale
+    )
+    return y.reshape(batch, 1, q.shape[1], v.shape[3])
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:

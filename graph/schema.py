@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Collection
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, fx
 from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.ops import find_op, op_name
-from graph.sites import node_name, set_tag, tag
+from graph.sites import Malformed, set_tag, tag
 from graph.weights import Stored
 
 FORMAT, VERSION = "qc-graph", 1
 
+_KEYS = ("format", "version", "kind", "dtype", "blocks", "config", "inputs", "nodes", "outputs", "tensors")
 _TAGS = ("site", "role", "block", "stack", "path", "model_dtype")
 
 
@@ -48,8 +50,11 @@ def from_json(data: Any, stored: dict[str, Stored], where: str) -> Graph:
     reader.expect(data.get("version") == VERSION, f"it has version {data.get('version')}, this qc reads {VERSION}")
     try:
         return reader.graph(data, stored)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise QcError(f"{where} is damaged: {type(error).__name__} {error}", fix=_FIX) from None
+    except Malformed as error:
+        raise QcError(f"{where} is damaged: {str(error).splitlines()[0]}", fix=_FIX, site=error.site) from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise QcError(f"{where} is damaged: {' '.join([type(error).__name__, *first])}", fix=_FIX) from None
 
 
 _FIX = "compile the recipe again; artifacts are not edited by hand"
@@ -108,18 +113,16 @@ class _Reader:
         if not condition:
             raise QcError(f"{self.where}: {what}", fix=_FIX)
 
+    def only(self, entry: dict[str, Any], keys: Collection[str], what: str) -> None:
+        """Every key means something."""
+        unknown = sorted(entry.keys() - set(keys))
+        self.expect(not unknown, f"{what} has the unknown key {unknown[0] if unknown else ''}")
+
     def graph(self, data: dict[str, Any], stored: dict[str, Stored]) -> Graph:
-        tensors, infos = {}, {}
-        names = {f.name for f in fields(TensorInfo)}
-        for name, entry in data["tensors"].items():
-            said = {k: v for k, v in entry.items() if k not in ("shape", "dtype")}
-            self.expect(not said.keys() - names, f"{name} has the unknown key {next(iter(said.keys() - names), '')}")
-            infos[name] = TensorInfo(**{**said, "aliases": tuple(said.get("aliases", ()))})
-            tensors[name] = torch.empty(entry["shape"], dtype=self.dtype(entry["dtype"]), device="meta")
-            self.expect(name in stored, f"{name} is in no weight file")
-        for name in stored.keys() - infos.keys():
-            self.expect(False, f"the weight files hold {name}, which the graph does not know")
+        self.only(data, _KEYS, "the file")
+        tensors, infos = self.tensors(data["tensors"], stored)
         for entry in data["inputs"]:
+            self.only(entry, ("name", "node", "default", "dtype", "dims", "value"), f"the input {entry['name']}")
             self.nodes[entry["node"]] = self.fx.placeholder(entry["name"], default_value=entry.get("default", _EMPTY))
             self.nodes[entry["node"]].target = entry["name"]
         for entry in data["nodes"]:
@@ -130,9 +133,8 @@ class _Reader:
             self.fx, tensors, infos, dtype=self.dtype(data["dtype"]), stored=stored,
             config=data["config"], kind=data["kind"], blocks=data["blocks"],
         )  # fmt: skip
-        for entry, node in zip(
-            data["inputs"], [n for n in graph.module.graph.nodes if n.op == "placeholder"], strict=True
-        ):
+        inputs = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
+        for entry, node in zip(data["inputs"], inputs, strict=True):
             if "value" in entry:
                 graph.shapes.type_constant(node, entry["value"])
             else:
@@ -141,14 +143,34 @@ class _Reader:
         graph.verify()
         return graph
 
+    def tensors(
+        self, entries: dict[str, Any], stored: dict[str, Stored]
+    ) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
+        """A place for each tensor, which must lie in a weight file as the graph wants it."""
+        places, infos = {}, {}
+        flags = [f.name for f in fields(TensorInfo)]
+        for name, entry in entries.items():
+            self.only(entry, ("shape", "dtype", *flags), name)
+            said = {k: v for k, v in entry.items() if k in flags}
+            shape, dtype = tuple(entry["shape"]), self.dtype(entry["dtype"])
+            self.expect(name in stored, f"{name} is in no weight file")
+            if (stored[name].shape, stored[name].dtype) != (shape, dtype):
+                has = f"{_dtype_name(stored[name].dtype)} {list(stored[name].shape)}"
+                self.expect(False, f"{name} is {entry['dtype']} {list(shape)}, and {stored[name].file} holds {has}")
+            infos[name] = TensorInfo(**{**said, "aliases": tuple(said.get("aliases", ()))})
+            places[name] = torch.empty(shape, dtype=dtype, device="meta")
+        for name in sorted(stored.keys() - infos.keys()):
+            self.expect(False, f"{stored[name].file} holds {name}, which the graph does not know")
+        return places, infos
+
     def node(self, entry: dict[str, Any], infos: dict[str, TensorInfo]) -> fx.Node:
+        self.only(entry, ("name", "op", "args", "kwargs", *_TAGS), f"the op {entry.get('site')}")
         target = find_op(entry["op"])
         self.expect(target is not None, f"the op {entry['op']!r} at {entry.get('site')} is not allowed in a graph")
         assert target is not None
         args = tuple(self.decode(a, infos) for a in entry["args"])
-        node = self.fx.call_function(
-            target, args, {k: self.decode(v, infos) for k, v in entry.get("kwargs", {}).items()}
-        )
+        kwargs = {k: self.decode(v, infos) for k, v in entry.get("kwargs", {}).items()}
+        node = self.fx.create_node("call_function", target, args, kwargs, name=entry["name"])
         set_tag(node, **{key: entry[key] for key in _TAGS if key in entry})
         return node
 
@@ -188,5 +210,3 @@ _TORCH: dict[str, Any] = {
     "preserve_format": torch.preserve_format,
     "channels_last": torch.channels_last,
 }
-
-__all__ = ["FORMAT", "VERSION", "from_json", "node_name", "to_json"]

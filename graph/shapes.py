@@ -1,24 +1,28 @@
 """The types of a graph's values, with batch and length as symbols.
 
 Every op is run on tensors without data, in several worlds that differ in one symbol each: what is the same in all of
-them is a number, what moves with one symbol is written in that symbol. That is some hundred times quicker than
-computing with symbols, and any op that runs has a type.
+them is a number, what moves with one symbol is written in that symbol. One more world, in which all symbols differ,
+tells whether what was written holds. That is some hundred times quicker than computing with symbols, and any op that
+runs has a type.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from graph.sites import Malformed, node_name
 
-SYMBOLS: dict[str, tuple[int, int]] = {"B": (3, 5), "T": (17, 23), "M": (29, 31), "S": (37, 41), "N": (7, 11)}
-"""Symbol -> its size in the first world and in the world where it alone differs."""
+SYMBOLS: dict[str, tuple[int, int, int]] = {
+    "B": (3, 5, 2), "T": (17, 23, 19), "M": (29, 31, 43), "S": (37, 41, 47), "N": (7, 11, 13),
+}  # fmt: skip
+"""Symbol -> its size in the first world, in the world where it alone differs, and in the last, where all differ."""
 
 HINTS = (SYMBOLS["B"][0], SYMBOLS["T"][0])
 """The batch and length of the first world."""
@@ -31,8 +35,8 @@ class Shapes:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.worlds = [{name: sizes[0] for name, sizes in SYMBOLS.items()}]
-        self.worlds += [{**self.worlds[0], name: sizes[1]} for name, sizes in SYMBOLS.items()]
+        first, last = ({name: sizes[i] for name, sizes in SYMBOLS.items()} for i in (0, 2))
+        self.worlds = [first, *({**first, name: sizes[1]} for name, sizes in SYMBOLS.items()), last]
 
     def type_input(self, node: fx.Node, dtype: torch.dtype, dims: Dims) -> None:
         """Type an input: sizes are numbers or symbols; None is the next of ``B``, ``T``."""
@@ -80,12 +84,17 @@ class Shapes:
 
 def _result(node: fx.Node, i: int) -> Any:
     assert callable(node.target)
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), _in_world(i))
+    args, kwargs = map_aggregate(map_arg((node.args, dict(node.kwargs)), _in_world(i)), _at_home)
     try:
         return node.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # an op's ways to say no
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Malformed(first, node_name(node)) from error
+
+
+def _at_home(value: Any) -> Any:
+    """Stand-ins live on the CPU, wherever the graph does."""
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _in_world(i: int) -> Callable[[fx.Node], Any]:
@@ -110,22 +119,26 @@ def dims_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def symbolic(sizes: Sequence[int]) -> str:
-    """A size seen in all worlds, as a number or in symbols: ``T``, ``2*T``, ``T + 1``, ``B*T``."""
-    base, moved = sizes[0], {name: sizes[i + 1] for i, name in enumerate(SYMBOLS) if sizes[i + 1] != sizes[0]}
+    """A size seen in all worlds, as a number or in symbols: ``T``, ``2*T``, ``T + 1``, ``B*T``; else ``f(B, T)``."""
+    base, last = sizes[0], sizes[-1]
+    moved = {name: sizes[i + 1] for i, name in enumerate(SYMBOLS) if sizes[i + 1] != base}
     if not moved:
-        return str(base)
-    product = 1
-    for name in moved:
-        product *= SYMBOLS[name][0]
-    if base % product == 0 and all(size * SYMBOLS[n][0] == base * SYMBOLS[n][1] for n, size in moved.items()):
-        factor = base // product
-        return "*".join(([str(factor)] if factor != 1 else []) + list(moved))
-    text, rest = [], base
-    for name, size in moved.items():
-        low, high = SYMBOLS[name]
-        slope, remainder = divmod(size - base, high - low)
-        if remainder:
-            return f"f({', '.join(moved)})"
-        rest -= slope * low
-        text.append(name if slope == 1 else f"{slope}*{name}")
-    return " + ".join(text) + (f" + {rest}" if rest > 0 else f" - {-rest}" if rest < 0 else "")
+        return str(base) if last == base else "f()"
+    product, final = (math.prod(SYMBOLS[name][i] for name in moved) for i in (0, 2))
+    if base % product == 0 and last == base // product * final:
+        return "*".join(([str(base // product)] if base != product else []) + list(moved))
+    slopes = {name: (size - base) // (SYMBOLS[name][1] - SYMBOLS[name][0]) for name, size in moved.items()}
+    rest = base - sum(slope * SYMBOLS[name][0] for name, slope in slopes.items())
+    exact = all(not (size - base) % (SYMBOLS[name][1] - SYMBOLS[name][0]) for name, size in moved.items())
+    if not exact or last != rest + sum(slope * SYMBOLS[name][2] for name, slope in slopes.items()):
+        return f"f({', '.join(moved)})"
+    return _sum(slopes, rest)
+
+
+def _sum(slopes: dict[str, int], rest: int) -> str:
+    """``2*T - N + 1``."""
+    text = ""
+    for name, slope in slopes.items():
+        size = name if abs(slope) == 1 else f"{abs(slope)}*{name}"
+        text += (" + " if slope > 0 else " - ") + size if text else size if slope > 0 else f"-{size}"
+    return text + (f" + {rest}" if rest > 0 else f" - {-rest}" if rest < 0 else "")

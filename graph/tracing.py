@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -17,7 +18,7 @@ from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.leaves import kept_whole, supports_hooks
 from graph.shapes import HINTS
-from graph.sites import annotate
+from graph.sites import NORMS, Malformed, annotate
 
 Kind = Literal["causal-lm", "encoder"]
 M = TypeVar("M", bound=nn.Module)
@@ -47,7 +48,7 @@ def capture(
         return _bind_live(_trace(model.config, kind or _kind_of(model), canonical)[0], model, dtype)
     if isinstance(model, PreTrainedConfig):
         graph, empty = _trace(model, kind or _kind_of_config(model), canonical)
-        return _fill_in_computed(graph.to(dtype or torch.float32), empty)
+        return _fill_in_computed(_typed(graph, dtype or torch.float32), empty)
     if isinstance(model, nn.Module):
         raise QcError(
             f"{type(model).__name__} is not a transformers model",
@@ -55,7 +56,7 @@ def capture(
         )
     checkpoint = open_checkpoint(str(model))
     graph, empty = _trace(checkpoint.config, kind or _kind_of_config(checkpoint.config), canonical)
-    graph.to(dtype or checkpoint.dtype)
+    _typed(graph, dtype or checkpoint.dtype)
     graph.stored = checkpoint.bind(graph, empty)
     _fill_in_computed(graph, empty)
     graph.verify()
@@ -144,7 +145,7 @@ def _trace(config: Any, kind: Kind, canonical: bool) -> tuple[Graph, Any]:
         tensors,
         infos,
         dtype=TRACE_DTYPE,
-        config=config.to_dict(),
+        config=json.loads(config.to_json_string(use_diff=False)),
         kind=kind,
         blocks=annotate(exported.graph),
     )
@@ -153,6 +154,15 @@ def _trace(config: Any, kind: Kind, canonical: bool) -> tuple[Graph, Any]:
         if node.op == "placeholder":
             graph.shapes.type_input(node, torch.long, ("B", "T"))
     return graph, model
+
+
+def _typed(graph: Graph, dtype: torch.dtype) -> Graph:
+    """The graph in ``dtype``; a configuration whose sizes contradict each other shows here."""
+    try:
+        return graph.to(dtype)
+    except Malformed as error:
+        what = f"the sizes in config.json do not go together: {str(error).splitlines()[0]}"
+        raise QcError(what, fix="repair config.json, or fetch it again", site=error.site) from None
 
 
 def on_meta(config: Any, kind: Kind, dtype: torch.dtype) -> Any:
@@ -231,7 +241,8 @@ def _tag_tensors(graph: Graph) -> None:
     for site in reversed(graph.sites()):
         for arg in site.node.all_input_nodes:
             if arg.op == "get_attr":
-                graph.set_info(str(arg.target), role=site.role, block=site.block)
+                role = "norm" if site.op in NORMS else site.role  # a norm may be its block's output too
+                graph.set_info(str(arg.target), role=role, block=site.block)
 
 
 def _turn_upright(nodes: fx.Graph, tensors: dict[str, Tensor], infos: dict[str, TensorInfo]) -> None:

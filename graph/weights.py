@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from graph.errors import QcError
 _NAMES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -41,13 +42,19 @@ class Stored:
     transposed: bool = False
     """The file has it [in, out] where the graph has it [out, in]."""
 
+    @property
+    def end(self) -> int:
+        """The byte behind its last one."""
+        return self.start + _bytes(self.shape, self.dtype)
+
     def load(self) -> Tensor:
         """Read it, as stored but for ``transposed``."""
         size = _bytes(self.shape, self.dtype)
         data = torch.empty(size, dtype=torch.uint8)
         try:
             with open(self.file, "rb", buffering=0) as file:
-                _read_into(file.fileno(), data, self.start)
+                if not _read_into(file.fileno(), data, self.start):
+                    raise QcError(f"{self.file} ends in the middle of {self.key}", fix=_FETCH)
         except OSError as error:
             raise QcError(
                 f"cannot read {self.file}: {error.strerror}", fix="see that the checkpoint is still there and readable"
@@ -56,68 +63,92 @@ class Stored:
         return value.t().contiguous() if self.transposed else value
 
 
-def _read_into(descriptor: int, data: Tensor, start: int) -> None:
+def _read_into(descriptor: int, data: Tensor, start: int) -> bool:
+    """Fill ``data``; False where the file ends before."""
     view, done = memoryview(_raw(data)), 0
     while done < len(view):
         step = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)
         if step == 0:
-            raise QcError(
-                "a weight file ends in the middle of a tensor", fix="fetch the checkpoint again: a shard is cut short"
-            )
+            return False
         done += step
+    return True
+
+
+_FETCH = "fetch the file again, or point the recipe at an undamaged checkpoint"
 
 
 def read_header(path: Path) -> dict[str, Stored]:
     """All tensors of a safetensors file; a damaged file is an error that names it."""
-    fix = "fetch the file again, or point the recipe at an undamaged checkpoint"
+    return _open(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text a safetensors file carries beside its tensors."""
+    return _open(path)[1]
+
+
+def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the metadata of a file, by the letter of the format: nothing overlaps, nothing is left over."""
+    size, text = _header(path)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates) if text.rstrip(b" ").endswith(b"}") else None
+    except (ValueError, RecursionError):
+        header = None
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise QcError(f"the header of {path} is damaged", fix=_FETCH)
+    assert isinstance(header, dict)
+    data, found, end = 8 + len(text), {}, 0
+    for key, entry in header.items():
+        found[key] = _entry(path, key, entry, data, size)
+    for stored in sorted(found.values(), key=lambda s: (s.start, s.end)):
+        if stored.start != data + end:
+            what = f"the header of {path} is damaged at {stored.key}: its bytes do not begin where the last end"
+            raise QcError(what, fix=_FETCH)
+        end = stored.end - data
+    if data + end != size:
+        raise QcError(f"{path} has {size} bytes where its header announces {data + end}", fix=_FETCH)
+    return found, metadata
+
+
+def _header(path: Path) -> tuple[int, bytes]:
+    """The size of a file, and its header's bytes."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, 100 << 20):
-                kind = (
-                    "a pickle, which qc never reads" if start[:2] in (b"\x80\x02", b"PK") else "not a safetensors file"
-                )
-                raise QcError(
-                    f"{path} is {kind}", fix="convert the checkpoint to safetensors" if "pickle" in kind else fix
-                )
-            header = json.loads(file.read(length))
+            if 2 <= length <= min(size - 8, 100 << 20):
+                return size, file.read(length)
     except OSError as error:
         raise QcError(f"cannot read {path}: {error.strerror}", fix="check the path and its permissions") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise QcError(f"the header of {path} is damaged", fix=fix) from None
-    found = dict(_entries(path, header, 8 + length, size, fix))
-    covered = sum(_bytes(s.shape, s.dtype) for s in found.values())
-    if 8 + length + covered != size:
-        raise QcError(f"{path} has {size} bytes where its header announces {8 + length + covered}", fix=fix)
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        raise QcError(f"{path} is a pickle, which qc never reads", fix="convert the checkpoint to safetensors")
+    raise QcError(f"{path} is not a safetensors file", fix=_FETCH)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
     return found
 
 
-def _entries(path: Path, header: object, data: int, size: int, fix: str) -> Iterator[tuple[str, Stored]]:
-    if not isinstance(header, dict):
-        raise QcError(f"the header of {path} is damaged", fix=fix)
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(d) for d in entry["shape"])
-            start, end = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise QcError(f"the header of {path} is damaged at {key}", fix=fix) from None
-        if min(shape, default=0) < 0 or not 0 <= start <= end or end - start != _bytes(shape, dtype):
-            raise QcError(f"{path} gives {key} a shape that does not fit its bytes", fix=fix)
-        if data + end > size:
-            raise QcError(f"{path} is cut short: {key} ends at byte {data + end} of {size}", fix=fix)
-        yield key, Stored(str(path), key, shape, dtype, data + start)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text a safetensors file carries beside its tensors."""
-    read_header(path)
-    with open(path, "rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return dict(header.get("__metadata__", {}))
+def _entry(path: Path, key: str, entry: Any, data: int, size: int) -> Stored:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or len(entry) != 3 or not isinstance(dtype, str):
+        raise QcError(f"the header of {path} is damaged at {key}", fix=_FETCH)
+    if dtype not in _DTYPES:
+        raise QcError(f"{path} holds {key} as {dtype}, which is no dtype that qc reads", fix=_FETCH)
+    if end - start != _bytes(tuple(shape), _DTYPES[dtype]):
+        raise QcError(f"{path} gives {key} a shape that does not fit its bytes", fix=_FETCH)
+    if data + end > size:
+        raise QcError(f"{path} is cut short: {key} ends at byte {data + end} of {size}", fix=_FETCH)
+    return Stored(str(path), key, tuple(shape), _DTYPES[dtype], data + start)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class AddLora(Pass):
     dtype: Literal["fp32", "model"] = "fp32"
     """Dtype of A and B: fp32 whatever the graph runs in, or the graph's."""
 
-    adapter: str | None = None
+    adapter: str | None = field(default=None, metadata={"path": True})
     """Begin from this adapter folder of PEFT or qc, which also says where, with what rank and so on."""
 
     def __post_init__(self) -> None:

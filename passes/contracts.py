@@ -19,7 +19,7 @@ from passes.base import Lossy, Pass, Report
 from passes.gradients import dry_run, finite_gradients
 from passes.marks import Breach as Breach
 from passes.marks import Snapshot as Snapshot
-from passes.marks import belongs, home, mark
+from passes.marks import belongs, home, mark, parts
 from passes.values import finite, outputs, stored
 from passes.wiring import idle, rewired
 
@@ -27,14 +27,17 @@ FLAGS = ("kind", "aliases", "pinned", "saved", "transposed")
 """What only the pass that changes a tensor may change of what is known of it."""
 
 
-def breaches(step: Pass, before: Snapshot, after: Graph, report: Report, batch: int = 2, length: int = 16) -> Iterator[Breach]:
+def breaches(
+    step: Pass, before: Snapshot, after: Graph, report: Report, batch: int = 2, length: int = 16
+) -> Iterator[Breach]:
     """Everything in which ``after`` is not what ``step`` promised of it."""
-    lossy = isinstance(step.contract, Lossy)
+    lossy, changed = isinstance(step.contract, Lossy), parts(report.changed)
     for name in before.overwritten():
-        yield Breach(f"{name} was written to where it lies; give it a new value with set_tensor", home(before.graph, name))
-    yield from rewired(before, after, report.changed, lossy)
+        what = f"{name} was written to where it lies; give it a new value with set_tensor"
+        yield Breach(what, home(before.graph, name))
+    yield from rewired(before, after, changed, lossy)
     yield from _types(before.graph, after)
-    yield from _tensors(before, after, report.changed)
+    yield from _tensors(before, after, changed)
     yield from _ties(before.graph, after)
     yield from _packed(after)
     yield from _training_only(after)

@@ -17,8 +17,9 @@ from passes.wiring import wires
 
 
 def dry_run(before: Graph, after: Graph) -> Iterator[Breach]:
-    """Every op that cannot run, value that lets no gradient through though what was read in its place did, and tensor
-    that trains without a gradient. No value is computed, so this costs the same however large the weights are.
+    """Ops that cannot run, values that hold gradients up where those before did not, tensors that train without one.
+
+    No number is computed, so this costs the same however large the weights are.
     """
     now = _Shadow(after)
     try:
@@ -64,7 +65,8 @@ class _Shadow(fx.Interpreter):
         read = [name for name in tensors if name in self.leaves]
         if not read or not output.requires_grad:
             return set()
-        loss = output.float().pow(2).sum()
+        with torch.enable_grad():
+            loss = output.float().pow(2).sum()
         found = torch.autograd.grad(loss, [self.leaves[name] for name in read], allow_unused=True)
         return {name for name, grad in zip(read, found, strict=True) if grad is not None}
 

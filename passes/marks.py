@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,22 @@ def _sample(value: Tensor) -> int:
 
 
 def belongs(name: str, changed: Collection[str]) -> bool:
-    """Whether a site or tensor is one of the changed ones, or part of one: ``up.lora_A.default``, ``up/lora.default``."""
+    """Whether a site or tensor is one of the changed ones, or part of one: ``up.lora_A.default``, ``up/lora.default``.
+
+    ``changed`` holds names as ``parts`` gives them.
+    """
     ends = [cut.start() for cut in re.finditer(r"[./]", name)] + [len(name)]
     return any(name[:end] in changed for end in ends)
+
+
+def parts(names: Iterable[str]) -> frozenset[str]:
+    """Names of sites, and the beginnings that the names of their tensors have."""
+    kept = frozenset(names)
+    return kept | {name.replace("/", ".") for name in kept}
 
 
 def home(graph: Graph, tensor: str, changed: Collection[str] = ()) -> str:
     """The site that a tensor is blamed on: a changed one that reads it, any that does, or the one it is named after."""
     readers = [site.name for site in graph.sites() if tensor in site.tensors()]
-    named = [site.name for site in graph.sites() if belongs(tensor, [site.name])]
+    named = [site.name for site in graph.sites() if belongs(tensor, parts([site.name]))]
     return next((name for name in readers if name in changed), None) or next(iter([*readers, *named[-1:]]), tensor)

@@ -11,7 +11,7 @@ little where it is smaller than the steps of a packed weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graph import Graph, QcError, QcErrors, raise_all
 from graph.lora_base import fingerprint
@@ -36,7 +36,7 @@ class MergeLora(Pass):
     into: Into = "dequantized"
     """What a packed base becomes: dequantized floats, the full float weights of ``base``, or requantized integers."""
 
-    base: str | None = None
+    base: str | None = field(default=None, metadata={"path": True})
     """For into: full, the folder of the float model that was quantized."""
 
     force_base: bool = False

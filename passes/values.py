@@ -25,6 +25,9 @@ WEIGHTED = ("aten.linear", "aten.embedding")
 SMALL_SNR_DB = 40.0
 """What a lossy pass must keep of a constant that is no weight: a bias, a norm."""
 
+NOTHING = 2.0**-24
+"""The smallest step of fp16: a constant that moved by less has no ratio worth a name."""
+
 
 def finite(before: Snapshot, after: Graph, changed: tuple[str, ...]) -> Iterator[Breach]:
     """Every new value is a number."""
@@ -75,14 +78,14 @@ def _apart(contract: Contract, site: Site, name: str, old: Tensor, new: Tensor) 
     elif isinstance(contract, Lossy):
         floor = contract.min_weight_snr_db if site.op in WEIGHTED and name == "weight" else SMALL_SNR_DB
         found = snr_db(old, new)
-        if not found >= floor:
+        if not found >= floor and not _distance(old, new) <= NOTHING:
             yield Breach(f"the {name} of {site.name} kept {found:.1f} dB of {floor:g} dB SNR", site.name)
     elif isinstance(contract, (Exact, TrainingOnly)) and not torch.equal(old, new.to(old.dtype)):
         yield Breach(f"the {name} of {site.name} changed by up to {_distance(old, new):.3g}", site.name)
 
 
 def _unfaithful(site: Site, old: fx.Node, new: fx.Node, was: Tensor, now: Tensor) -> Iterator[Breach]:
-    """A weight that this pass packed stands for what it was packed from: each value is the nearest that its block has."""
+    """A weight that this pass packed stands for what it was packed from: each value is the nearest of its block."""
     packed = _packed(site.graph, new)
     if old.op != "get_attr" or packed is None or was.shape != now.shape:
         return
@@ -94,7 +97,8 @@ def _unfaithful(site: Site, old: fx.Node, new: fx.Node, was: Tensor, now: Tensor
         allowed += rounding * rows.abs().view(*allowed.shape, -1).amax(-1)
         worst = (error.view(*allowed.shape, -1).amax(-1) / allowed).max().item()
         if not worst <= 1:
-            yield Breach(f"the weight of {site.name} is {worst:.3g} times further off than {form.name} allows", site.name)
+            what = f"the weight of {site.name} is {worst:.3g} times further off than {form.name} allows"
+            yield Breach(what, site.name)
             return
 
 
@@ -134,10 +138,16 @@ def _disagreement(contract: Contract, old: Tensor, new: Tensor) -> str | None:
     if isinstance(contract, (Exact, TrainingOnly)) or not old.is_floating_point():
         return None if torch.equal(old, new) else f"moved by up to {_distance(old, new):.3g}"
     if isinstance(contract, Close):
-        close = torch.allclose(new.double(), old.double(), atol=contract.atol, rtol=contract.rtol)
-        return None if close else f"moved by up to {_distance(old, new):.3g}, beyond atol {contract.atol:g}"
+        atol = contract.atol + _rounding(old)
+        close = torch.allclose(new.double(), old.double(), atol=atol, rtol=contract.rtol)
+        return None if close else f"moved by up to {_distance(old, new):.3g}, beyond atol {atol:g}"
     found = psnr_db(old, new)
     return None if found >= contract.min_psnr_db else f"kept {found:.1f} dB of {contract.min_psnr_db:g} dB PSNR"
+
+
+def _rounding(value: Tensor) -> float:
+    """What the roundings of a network's depth come to in the dtype of ``value``: eight steps of its largest number."""
+    return 8 * torch.finfo(value.dtype).eps * value.double().abs().max().item()
 
 
 def _distance(old: Tensor, new: Tensor) -> float:
@@ -153,7 +163,8 @@ def _first_diverging(contract: Contract, before: Graph, after: Graph, inputs: di
     place = {name: i for i, name in enumerate(new)}
     read = {(node_name(w.old), node_name(w.new)) for w in wires(before, after)}
     worst: tuple[float, str | None] = (math.inf, None)
-    for was, now in sorted((pair for pair in read if pair[0] in old and pair[1] in new), key=lambda pair: place[pair[1]]):
+    both = [pair for pair in read if pair[0] in old and pair[1] in new]
+    for was, now in sorted(both, key=lambda pair: place[pair[1]]):
         if _disagreement(contract, old[was], new[now]):
             return now
         if old[was].is_floating_point():

@@ -18,7 +18,6 @@ from graph.ops import op_name
 from graph.sites import is_constant, node_name
 from passes.marks import Breach, Snapshot, belongs, mark
 
-
 OUTPUT = "the output"
 
 
@@ -75,7 +74,9 @@ def idle(before: Snapshot, after: Graph, changed: Collection[str]) -> Iterator[B
 def _restored(before: Snapshot, after: Graph, tensors: Collection[str]) -> bool:
     """Whether one of the tensors has another value or other flags than before."""
     return any(
-        name not in before.marks or mark(after, name) != before.marks[name] or after.info(name) != before.graph.info(name)
+        name not in before.marks
+        or mark(after, name) != before.marks[name]
+        or after.info(name) != before.graph.info(name)
         for name in tensors
     )
 

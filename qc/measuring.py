@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graph.artifact import Artifact, load
+from graph.artifact import Artifact, load, read_manifest
 from graph.checkpoint import open_checkpoint
 from graph.errors import QcError
 from qc.compiling import stage_name, step_name
@@ -92,11 +92,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def check_gates(run: Run, stage: Stage, tell: Tell) -> None:
-    """Raise GateFailed, with every gate of the stage that does not hold."""
-    figures = _figures(run, stage)
+def check_gates(run: Run, stage: Stage, gates: Sequence[Gate], artifact: Path, tell: Tell) -> None:
+    """Raise GateFailed, with every one of the ``gates`` that does not hold for a stage and its artifact."""
+    figures = _figures(run, stage, artifact, {gate.metric for gate in gates})
     failed = []
-    for gate in stage.require:
+    for gate in gates:
         held, why = _holds(gate, figures, run.stage(stage.name) / "train" / "metrics.csv")
         tell(
             f"{stage_name(stage)}gate {gate.metric} {gate.op} {'' if gate.value is None else f'{gate.value:g}'}: {why}"
@@ -107,14 +107,19 @@ def check_gates(run: Run, stage: Stage, tell: Tell) -> None:
         raise GateFailed("; ".join(failed), fix="see measured.json in the run's folder; change the recipe, or the gate")
 
 
-def _figures(run: Run, stage: Stage) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _figures(run: Run, stage: Stage, artifact: Path, wanted: Collection[str]) -> dict[str, float]:
+    manifest = read_manifest(artifact)
+    found = {k: float(v) for r in manifest["reports"] for k, v in r["figures"].items() if k in wanted}
     for entry in run.measured():
         if entry["step"].startswith(step_name(stage, "")):
             found |= {k: float(v) for k, v in entry.items() if isinstance(v, (int, float))}
     start = next((e.get("perplexity") for e in run.measured() if e["step"] == "start"), None)
     if start and "perplexity" in found:
         found["perplexity_ratio"] = found["perplexity"] / float(start)
+    if "bytes" in wanted:
+        found["bytes"] = folder_bytes(artifact)
+    if "bits_per_weight" in wanted:
+        found["bits_per_weight"] = bits_per_weight(load(artifact, check_hashes=False), str(manifest["model"]))
     return found
 
 

@@ -14,6 +14,7 @@ from qc.exporting import export_stage
 from qc.measuring import check_gates, evaluate_stage, folder_bytes, measure, weights_of
 from qc.runs import Run
 from qc.training import start_of, train_stage
+from recipes.metrics import EXPORTED
 from recipes.schema import Recipe
 from runtimes.settings import Evaluate
 
@@ -34,10 +35,10 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
             artifact = train_stage(run, recipe, stage, tell=tell)
             if stage.evaluate is not None:
                 evaluate_stage(run, recipe, stage, "trained", artifact, tell)
-        if stage.require:
-            check_gates(run, stage, tell)
+        check_gates(run, stage, [g for g in stage.require if g.metric not in EXPORTED], artifact, tell)
         for wanted in stage.export:
             export_stage(run, stage, wanted, artifact, tell)
+        check_gates(run, stage, [g for g in stage.require if g.metric in EXPORTED], artifact, tell)
     run.measure("total", seconds=time.perf_counter() - began, folder=str(run.folder))
 
 

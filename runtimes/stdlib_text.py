@@ -19,6 +19,7 @@ _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _GENERATED_PREFIXES = ("config-", "_sysconfigdata")  # written when Python was built; they name the build machine
 
 
+@cache
 def stdlib_root() -> Path:
     """The folder of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))

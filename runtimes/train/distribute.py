@@ -6,6 +6,7 @@ batch N * B does. Only the first one writes.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,9 +48,11 @@ class Processes:
         if self.count == 1:
             return module
         places = None if self.device.type == "cpu" else [self.device.index]
-        return nn.parallel.DistributedDataParallel(  # all processes have read the same artifact: nothing to send
-            module, device_ids=places, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        kind = nn.parallel.DistributedDataParallel
+        known = inspect.signature(kind).parameters  # torch 2.13 gave the option another name
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        said: dict[str, Any] = {"device_ids": places, "init_sync": False, "gradient_as_bucket_view": True, sync: False}
+        return kind(module, **said)  # all processes have read the same artifact: nothing to send
 
     def _shard(self, module: nn.Module, blocks: Sequence[str]) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh

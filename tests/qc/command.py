@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.forkserver import ensure_running  # type: ignore[attr-defined]
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 

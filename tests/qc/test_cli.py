@@ -7,7 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +88,30 @@ def answer(done: Done) -> Any:
 # -- at once, without torch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["recipes", "list"], ["schema"], ["train", "--help"]])
-def test_help_recipes_and_schema_answer_within_0_3_s_of_cpu_and_without_torch(argv: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "qc", *argv]
+def test_help_answers_within_0_3_s_of_cpu(tmp_path: Path) -> None:
     spent = []
     for _ in range(3):  # the least of three: a busy machine adds to the time of a process, never takes from it
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = _started("--help", cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stderr) == (0, "")
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0
-        assert done.stdout
+    assert min(spent) < 0.3
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["recipes", "list"], ["schema"], ["train", "--help"]])
+def test_help_recipes_and_schema_do_without_torch(argv: list[str], tmp_path: Path) -> None:
+    done = _started(*argv, cwd=tmp_path, options=["-X", "importtime"])
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.stdout
     assert "qc" in imported
     assert not {"torch", "transformers", "numpy", "ruamel"} & imported
-    assert min(spent) < 0.3
+
+
+def _started(*argv: str, cwd: Path, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """``python -m qc``, as a user starts it."""
+    command = [sys.executable, *options, "-m", "qc", *argv]
+    return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 def test_help_names_every_command_and_every_exit_code(tmp_path: Path) -> None:
@@ -214,8 +223,8 @@ def test_check_needs_no_weights(folder: Path, tmp_path: Path) -> None:
     found = answer(qc("check", "recipe.yaml", "--json", cwd=tmp_path))
     assert found.keys() == {"ok", "sites", "tensors", "blocks", "bytes"}
     assert (found["ok"], found["blocks"]) == (True, 2)
-    weights = 262 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
-    assert weights * 4 <= found["bytes"] < weights * 4 + 1000
+    weights = 259 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
+    assert weights * 4 <= found["bytes"] < weights * 4 + 100, "the weights in fp32, and the frequencies of RoPE"
     done = qc("compile", "recipe.yaml", cwd=tmp_path)
     assert done.code == 1
     assert "tiny has no *.safetensors" in done.err, "the test has a folder without weights"

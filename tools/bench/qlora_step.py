@@ -84,7 +84,7 @@ class Qc:
         labels[:, :-1] = tokens[:, 1:]
         batch = Batch(tokens, torch.ones_like(tokens), labels)
         loss = self.loss(self.student(batch, training=True), batch) / (labels >= 0).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

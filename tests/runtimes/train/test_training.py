@@ -194,7 +194,7 @@ def test_a_student_learns_from_the_teacher_it_is_given(tmp_path: Path, data: Tex
     )
 
 
-def test_a_student_needs_a_teacher_and_one_with_the_same_vocabulary(tmp_path: Path, data: TextFiles) -> None:
+def test_a_student_needs_a_teacher(tmp_path: Path, data: TextFiles) -> None:
     with pytest.raises(QcError) as caught:
         run(tiny_graph(), settings(data, objective=Kd()), tmp_path)
     assert str(caught.value) == (
