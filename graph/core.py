@@ -327,6 +327,8 @@ class Graph:
             for arg in node.all_input_nodes:
                 if arg not in seen:
                     raise Malformed(f"{node_name(node)} reads {node_name(arg)}, which comes later", node_name(node))
+            if node.op == "get_attr" and node.target not in self._infos:
+                raise Malformed(f"{node.target} is read and is no tensor of the graph", str(node.target))
             seen.add(node)
         self.module.graph.eliminate_dead_code()
         names = Counter(node_name(n) for n in self.module.graph.nodes if n.op == "call_function")
@@ -336,8 +338,6 @@ class Graph:
                 raise Malformed(f"{names[name]} ops are called {name}", name)
             if node.op != "output" and "vals" not in node.meta:
                 raise Malformed(f"{name} has no type", name)
-            if node.op == "get_attr" and name not in self._infos:
-                raise Malformed(f"{name} is read and is no tensor of the graph", name)
         self.module.graph.lint()
         self.module.recompile()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graph import Graph, QcError, QcErrors
+from graph import Graph, QcError, QcErrors, raise_all
 from graph.sites import Malformed
 from passes.base import Close, Contract, Exact, Lossy, Pass, Report, TrainingOnly
 from passes.contracts import Breach, Snapshot, breaches
@@ -21,16 +21,13 @@ def apply(
     Raises QcError for a mistake of the user, found before anything is rewritten wherever shapes show it, and
     ContractBroken, with the pass, the first diverging site and the recipe line, where the promise is broken.
     """
-    mistakes = list(step.check(graph))
-    if mistakes:
-        for mistake in mistakes:
-            mistake.line = mistake.line or line
-        raise mistakes[0] if len(mistakes) == 1 else QcErrors(mistakes)
-    before = Snapshot.of(graph)
     try:
+        raise_all(list(step.check(graph)))
+        before = Snapshot.of(graph)
         report = step.run(graph)
     except QcError as error:
-        error.line = error.line or line
+        for one in error.errors if isinstance(error, QcErrors) else (error,):
+            one.line = one.line or line
         raise
     except (AssertionError, Malformed) as error:
         raise _broken(step, _failed(error, graph), line) from error
@@ -51,7 +48,8 @@ def _failed(error: Exception, graph: Graph) -> Breach:
     words = {word.strip(",.:;'\"()[]") for word in str(error).split()}
     site = next((site.name for site in graph.sites() if site.name in words), None)
     tensor = next((name for name in graph.tensors() if name in words), None)
-    return Breach(f"it stopped: {error}", site or (tensor and home(graph, tensor)))
+    first = str(error).splitlines()[0] if str(error) else "an assertion failed"
+    return Breach(f"it stopped: {first}", site or (tensor and home(graph, tensor)))
 
 
 def _broken(step: Pass, breach: Breach, line: str | None) -> ContractBroken:

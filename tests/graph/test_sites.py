@@ -92,7 +92,7 @@ def test_a_computed_weight_is_none_and_its_tensors_are_found_through_it() -> Non
     assert linear.weight() is None
     assert linear.tensors() == ["bias", "weight"]
     assert linear.input(0).target == "input"
-    with pytest.raises(AssertionError, match="argument 1 of twice is the constant 2.0"):
+    with pytest.raises(AssertionError, match=r"argument 1 of twice is the constant 2\.0"):
         graph.site("twice").input(1)
 
 

@@ -46,10 +46,7 @@ class Fault:
 
     def run(self) -> None:
         """Let the runner apply the faulty pass."""
-        graph = fresh(self.model)
-        for step in self.first:
-            apply(step, graph)
-            train(graph)
+        graph = fresh(self.model, self.first)
         if self.wrong is None:
             apply(sabotaged(self.step, self.harm), graph, line=LINE)
         else:
@@ -123,21 +120,30 @@ def captured(model: str) -> Graph:
     return capture(made)
 
 
-def fresh(model: str) -> Graph:
-    """A copy with tensors of its own."""
-    graph = captured(model).copy()
+def fresh(model: str, first: tuple[Pass, ...] = ()) -> Graph:
+    """A graph to which these passes were applied, with tensors of its own."""
+    key = (model, repr(first))
+    if key not in _PREPARED:
+        _PREPARED[key] = captured(model).copy()
+        for step in first:
+            apply(step, _PREPARED[key], check=False)
+            train(_PREPARED[key])
+    graph = _PREPARED[key].copy()
     for name in graph.tensors():
-        graph.set_tensor(name, graph.tensor(name).detach().clone())
+        graph._register(name, graph.tensor(name).detach().clone())
     return graph
 
 
-def train(graph: Graph) -> None:
+_PREPARED: dict[tuple[str, str], Graph] = {}
+
+
+def train(graph: Graph, step: float = 0.1) -> None:
     """Give what trains other values, as training does."""
     generator = torch.Generator().manual_seed(1)
     for name, info in graph.tensors().items():
         if info.trainable:
             graph.set_tensor(
-                name, graph.tensor(name).detach() + 0.1 * torch.randn(graph.shape(name), generator=generator)
+                name, graph.tensor(name).detach() + step * torch.randn(graph.shape(name), generator=generator)
             )
 
 

@@ -64,7 +64,9 @@ def broken(step: Pass, graph: Graph) -> str:
     return str(caught.value)
 
 
-FIX = "  fix    this is a bug in the pass, or the model is outside what it can keep; compile without the pass, and report it"
+FIX = (
+    "  fix    this is a bug in the pass, or a model on which it cannot keep its word; leave the pass out, and report it"
+)
 
 
 def test_a_pass_that_keeps_its_word_is_reported() -> None:
@@ -73,7 +75,7 @@ def test_a_pass_that_keeps_its_word_is_reported() -> None:
 
 def test_a_broken_contract_names_pass_site_line_and_what_broke() -> None:
     assert broken(ScaleWeights(factor=2, select=Selector(name="2")), mlp()) == (
-        "scale-weights broke its contract, exact: the weight of 2 changed by up to 0.465\n"
+        "scale-weights broke its contract, exact: the weight of 2 changed by up to 0.468\n"
         f"  site   2\n  recipe recipe.yaml:3:5\n{FIX}"
     )
     assert broken(under(Lossy(min_weight_snr_db=30), factor=1.1), mlp()) == (
@@ -82,7 +84,7 @@ def test_a_broken_contract_names_pass_site_line_and_what_broke() -> None:
     )
     assert broken(under(Close(), factor=1.1), mlp()) == (
         "scale-weights broke its contract, close(atol=1e-05, rtol=1e-05): "
-        "the output moved by up to 0.0654, beyond atol 1e-05\n"
+        "the output moved by up to 0.107, beyond atol 1.0421e-05\n"
         f"  site   0\n  recipe recipe.yaml:3:5\n{FIX}"
     )
 
@@ -140,7 +142,8 @@ class Stumble(Pass):
             raise QcError("the weight cannot be stumbled over", fix="exclude it")
         if self.how == "shapes":
             graph.insert("aten.matmul", site.input(1), graph.site("1").input(0), name="2/product", before=site.node)
-        assert self.how != "assertion", f"{site.name}: this cannot be"
+        if self.how == "assertion":
+            raise AssertionError(f"{site.name}: this cannot be")
         raise KeyError("a bug")
 
 
@@ -188,7 +191,7 @@ def every_pass(graph: Graph, block: bool = True) -> list[Report]:
     apply(Snap(dtype="bf16"), graph)
     found = [apply(QuantizeBase(block=32, double_quant=True) if block else QuantizeBase(scheme="int8"), graph)]
     found += [apply(AddLora(rank=2, dropout=0.1), graph), apply(AddLora(set="second", rank=1, rslora=True), graph)]
-    train(graph)
+    train(graph, step=0.01)
     found.append(apply(SetTrainable(groups={"lora": Selector(name="*.lora_?.*")}), graph))
     found.append(apply(MergeLora(set="second", into="requantized"), graph))
     found.append(apply(MergeLora(), graph))
@@ -224,14 +227,17 @@ def test_a_plan_without_values_is_held_to_its_structure() -> None:
 
 
 def test_checking_reads_only_what_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, read = capture(str(checkpoint(tmp_path, 1))), []
+    graph, read, honest = capture(str(checkpoint(tmp_path, 1))), [], Graph.tensor
+
+    def recorded(self: Graph, name: str) -> torch.Tensor:
+        read.append(name)
+        return honest(self, name)
+
     monkeypatch.setattr(Graph, "__call__", lambda self, **inputs: torch.zeros(1))
-    honest = Graph.tensor
-    monkeypatch.setattr(Graph, "tensor", lambda self, name: read.append(name) or honest(self, name))
+    monkeypatch.setattr(Graph, "tensor", recorded)
     apply(QuantizeBase(block=32, select=Selector(role="mlp.up")), graph)
-    assert {name.removesuffix(".absmax").removesuffix(".indices") for name in read} == {
-        "model.layers.0.mlp.up_proj.weight"
-    }
+    packed = "model.layers.0.mlp.up_proj.weight"
+    assert {name for name in read if "rotary_emb" not in name} == {packed, f"{packed}.indices", f"{packed}.absmax"}
 
 
 @pytest.mark.slow
