@@ -17,7 +17,7 @@ from graph.errors import QcError
 from graph.ops import find_op, op_name
 from graph.shapes import Dims, Shapes
 from graph.sites import Malformed, Site, node_name, set_tag, tag
-from graph.weights import Stored
+from graph.weights import Stored, all_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class Graph:
                 fix="the checkpoint and its config.json do not belong together; fetch both again",
             )
         value = read.to(self.device, value.dtype)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise _not_finite(source, read, value.dtype)
         return value
 
@@ -414,7 +414,7 @@ class Streaming(fx.Interpreter):
 
 def _not_finite(source: Stored, read: Tensor, dtype: torch.dtype) -> QcError:
     where = f"{source.key} in {source.file} holds"
-    if not bool(torch.isfinite(read).all()):
+    if not all_finite(read):
         return QcError(f"{where} NaN or infinity", fix="fetch the checkpoint again, or repair the model")
     largest, limit = read.abs().max().item(), torch.finfo(dtype).max
     what = f"{where} {largest:g}, and the largest {text.DTYPES[dtype]} number is {limit:g}"

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graph.core import Graph, Streaming
 from graph.sites import Site, is_constant, node_name
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 def probe_inputs(graph: Graph, *, batch: int = 2, length: int = 16, seed: int = 0) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def snr_db(reference: Tensor, value: Tensor) -> float:
     signal = noise = 0.0
     for one, other in zip(reference.reshape(-1).split(CHUNK), value.reshape(-1).split(CHUNK), strict=True):
         wide = one.float()
-        signal += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
-        noise += float(torch.linalg.vector_norm(other.float() - wide, dtype=torch.float64)) ** 2
+        signal += float(torch.linalg.vector_norm(wide)) ** 2
+        noise += float(torch.linalg.vector_norm(other.float() - wide)) ** 2
     if not math.isfinite(noise) or not math.isfinite(signal):
         return -math.inf
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

@@ -145,7 +145,7 @@ def _trace(config: Any, kind: Kind, canonical: bool) -> tuple[Graph, Any]:
         tensors,
         infos,
         dtype=TRACE_DTYPE,
-        config=json.loads(config.to_json_string(use_diff=False)),
+        config=_plain(config),
         kind=kind,
         blocks=annotate(exported.graph),
     )
@@ -163,6 +163,12 @@ def _typed(graph: Graph, dtype: torch.dtype) -> Graph:
     except Malformed as error:
         what = f"the sizes in config.json do not go together: {str(error).splitlines()[0]}"
         raise QcError(what, fix="repair config.json, or fetch it again", site=error.site) from None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it, without where it came from and how this process runs it."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in found.items() if not key.startswith("_")}
 
 
 def on_meta(config: Any, kind: Kind, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from graph.formats.stored import DEQUANTIZE, format_of
 from graph.ops import op_name
 from graph.probe import evaluate_constant, failing_site, probe_inputs, psnr_db, run, snr_db, values_by_site
 from graph.sites import is_constant, node_name
+from graph.weights import all_finite
 from passes.base import Close, Contract, Exact, Lossy, TrainingOnly
 from passes.marks import Breach, Snapshot, home, mark
 from passes.wiring import arguments, title, wires
@@ -35,7 +36,7 @@ def finite(before: Snapshot, after: Graph, changed: tuple[str, ...]) -> Iterator
         if name in before.marks and mark(after, name) == before.marks[name]:
             continue
         value = after.tensor(name)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             yield Breach(f"{name} holds NaN or infinity", home(after, name, changed))
 
 
@@ -133,7 +134,7 @@ def _disagreement(contract: Contract, old: Tensor, new: Tensor) -> str | None:
     """How two values break the contract, in words; None where they keep it."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return f"was {old.dtype} {list(old.shape)} and is {new.dtype} {list(new.shape)}"
-    if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(old).all()):
+    if not all_finite(new) and all_finite(old):
         return "holds NaN or infinity"
     if isinstance(contract, (Exact, TrainingOnly)) or not old.is_floating_point():
         return None if torch.equal(old, new) else f"moved by up to {_distance(old, new):.3g}"

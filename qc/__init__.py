@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "capture": "graph", "capture_module": "graph", "Graph": "graph", "Site": "graph", "Selector": "graph",
     "TensorInfo": "graph", "QcError": "graph.errors", "QcErrors": "graph.errors", "op": "graph.ops",
-    "Artifact": "graph.artifact", "load": "graph.artifact",
+    "Artifact": "graph.artifact", "load": "graph.artifact", "save_adapter": "graph.adapter",
     "Pass": "passes.base", "Report": "passes.base", "Exact": "passes.base", "Close": "passes.base",
     "Lossy": "passes.base", "TrainingOnly": "passes.base", "apply": "passes.runner",
     "compile": "qc.api", "train": "qc.api", "export": "qc.api", "evaluate": "qc.api", "generate": "qc.api",
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from graph import TensorInfo as TensorInfo
     from graph import capture as capture
     from graph import capture_module as capture_module
+    from graph.adapter import save_adapter as save_adapter
     from graph.artifact import Artifact as Artifact
     from graph.artifact import load as load
     from graph.ops import op as op

@@ -61,9 +61,11 @@ def run_command(source: str, overrides: list[str], runs: Path, as_json: bool) ->
         run = open_run(recipe, overrides, runs)
         try:
             run_recipe(run, recipe, tell)
-        finally:
+        except QcError:
             if run.measured():
-                result({"run": str(run.folder), "steps": run.measured()}, as_json, lambda: summary(run))
+                tell(summary(run))  # on stderr: with --json, stdout is for the error alone
+            raise
+        result({"run": str(run.folder), "steps": run.measured()}, as_json, lambda: summary(run))
 
 
 def check_command(source: str, overrides: list[str], as_json: bool) -> None:

@@ -164,6 +164,9 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The same of encoders."""
 
+REFUSED = ("falcon",)
+"""What capture refuses: its code indexes by a Python list, which a trace without weights cannot keep."""
+
 
 def config(name: str) -> Any:
     """The small configuration called ``name``."""

@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from graph import Graph, QcError, capture
-from tests.architectures import CAUSAL, ENCODERS, config
+from tests.architectures import CAUSAL, ENCODERS, REFUSED, config
 
 QUICK = ("qwen3", "gpt2", "gemma2", "mistral", "bert", "modernbert")
-EVERY = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*CAUSAL, *ENCODERS)]
+EVERY = [
+    pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*CAUSAL, *ENCODERS) if n not in REFUSED
+]
 
 
 def model_of(name: str) -> Any:

@@ -7,6 +7,7 @@ argv, a folder, an environment, streams and an exit code of its own, and has run
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import sys
@@ -59,6 +60,12 @@ def qc(
 def python(code: str, *, cwd: Path, path: Sequence[Path] = ()) -> Done:
     """``python -c CODE`` in the folder ``cwd``."""
     return _run(_python, (code,), cwd, {}, "", path, True)
+
+
+def answer(done: Done) -> Any:
+    """The JSON on stdout of a command that did what it should; nothing else may stand there."""
+    assert done.code == 0, done.err
+    return json.loads(done.out)
 
 
 def _run(

@@ -17,7 +17,6 @@ from qc.measuring import check_gates
 from qc.runs import Run
 from recipes.load import load as load_recipe
 from recipes.settings import Gate
-from tests.runtimes.data.byte_tokenizer import byte_tokenizer
 
 RECIPE = """
 model: tiny
@@ -44,30 +43,17 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Qwen3, a corpus and a recipe."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    folder = tmp_path_factory.mktemp("project")
-    tokenizer = byte_tokenizer()
-    config = Qwen3Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=128, vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
-    (folder / "corpus").mkdir()
-    for number in range(4):
-        (folder / f"corpus/{number}.txt").write_text(f"text number {number}, and nothing else\n" * 20)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+def recipe(folder: Path) -> Path:
+    """A recipe beside the tiny model."""
+    path = folder / "api.yaml"
+    path.write_text(RECIPE)
+    return path
 
 
 @pytest.fixture(scope="module")
-def steps(project: Path) -> Mapping[str, Mapping[str, Any]]:
+def steps(recipe: Path) -> Mapping[str, Mapping[str, Any]]:
     """The figures of ``qc.run``, by step."""
-    return {one["step"]: one for one in qc.run(project / "recipe.yaml", runs=project / "runs")}
+    return {one["step"]: one for one in qc.run(recipe, runs=recipe.parent / "api")}
 
 
 def test_importing_qc_imports_nothing_else_and_lists_what_it_has() -> None:
@@ -105,16 +91,25 @@ def _folder(steps: Mapping[str, Mapping[str, Any]], step: str) -> Path:
 
 
 def test_compile_takes_overrides_and_the_same_again_is_the_same_folder(
-    project: Path, steps: Mapping[str, Mapping[str, Any]]
+    recipe: Path, steps: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    start, wanted = project / "runs", {"lora.rank": 3}
-    artifact = qc.compile(project / "recipe.yaml", set=wanted, runs=start)
+    runs, wanted = recipe.parent / "api", {"lora.rank": 3}
+    artifact = qc.compile(recipe, set=wanted, runs=runs)
     assert artifact.graph.shape("model.layers.0.mlp.up_proj.lora_A.default.weight") == (3, 64)
     before = artifact.digest
     said: list[str] = []
-    again = qc.compile(project / "recipe.yaml", set=wanted, runs=start, tell=said.append)
+    again = qc.compile(recipe, set=wanted, runs=runs, tell=said.append)
     assert (again.folder, again.digest) == (artifact.folder, before)
     assert said == [f"tune: compiled before: {artifact.folder}"]
+
+
+def test_a_trained_set_is_saved_as_peft_has_it(folder: Path, steps: Mapping[str, Mapping[str, Any]]) -> None:
+    graph = qc.load(_folder(steps, "tune/trained")).graph
+    folder = qc.save_adapter(graph, folder / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        found = file.get_tensor("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+    assert torch.equal(found, graph.tensor("model.layers.0.mlp.up_proj.lora_A.default.weight"))
 
 
 def test_generate_goes_on_from_a_prompt(steps: Mapping[str, Mapping[str, Any]]) -> None:
@@ -123,20 +118,20 @@ def test_generate_goes_on_from_a_prompt(steps: Mapping[str, Mapping[str, Any]]) 
     assert once == twice
 
 
-def test_export_writes_the_dtype_that_it_is_told(project: Path, steps: Mapping[str, Mapping[str, Any]]) -> None:
-    out = project / "out"
+def test_export_writes_the_dtype_that_it_is_told(folder: Path, steps: Mapping[str, Mapping[str, Any]]) -> None:
+    out = folder / "out"
     assert qc.export(_folder(steps, "merge/compiled"), target="safetensors", out=out, dtype="bf16", verify=False) == out
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(out / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-def test_mistakes_are_raised_as_they_are_told_on_the_command_line(project: Path) -> None:
+def test_mistakes_are_raised_as_they_are_told_on_the_command_line(recipe: Path) -> None:
     with pytest.raises(qc.QcError) as caught:
-        qc.compile(project / "recipe.yaml", set={"lora.rnak": 3}, runs=project / "runs")
+        qc.compile(recipe, set={"lora.rnak": 3}, runs=recipe.parent / "api")
     assert str(caught.value) == "add-lora has no 'rnak'\n  recipe --set lora.rnak=3\n  fix    did you mean 'rank'?"
     with pytest.raises(qc.QcError, match="lies in no run"):
-        qc.train(qc.Artifact(project / "tiny", None, {}))  # type: ignore[arg-type]
+        qc.train(qc.Artifact(recipe.parent / "tiny", None, {}))  # type: ignore[arg-type]
 
 
 GATES = [
@@ -149,10 +144,10 @@ GATES = [
 
 @pytest.mark.parametrize(("gate", "said"), GATES, ids=[gate.metric for gate, _ in GATES])
 def test_a_gate_fails_on_the_figure_of_its_stage(
-    gate: Gate, said: str, project: Path, steps: Mapping[str, Mapping[str, Any]]
+    gate: Gate, said: str, recipe: Path, steps: Mapping[str, Mapping[str, Any]]
 ) -> None:
     compiled = _folder(steps, "merge/compiled")
-    stage = load_recipe(project / "recipe.yaml").plan()[1]
+    stage = load_recipe(recipe).plan()[1]
     with pytest.raises(GateFailed) as caught:
         check_gates(Run(compiled.parent.parent), stage, [gate], compiled, tell=lambda message: None)
     assert caught.value.what.startswith(said)
