@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from graph.errors import QcError, raise_all
+from graph.errors import QcError, QcErrors, raise_all
 from qc.console import explained, result, size, table, tell
 from qc.runs import find_artifact, find_run, open_run
 
@@ -40,13 +40,20 @@ def train_command(given: str | None, runs: Path, as_json: bool) -> None:
 
 
 def export_command(
-    given: str | None, target: str, dtype: str | None, out: Path | None, verify: bool, runs: Path, as_json: bool
+    given: str | None,
+    target: str,
+    dtype: str | None,
+    out: Path | None,
+    verify: bool,
+    force: bool,
+    runs: Path,
+    as_json: bool,
 ) -> None:
     """``qc export``."""
     with explained(as_json):
         from qc.exporting import export_newest
 
-        found = export_newest(given, target, dtype, out, verify, runs, tell)
+        found = export_newest(given, target, dtype, out, verify, force, runs, tell)
         result(found, as_json, lambda: str(found["folder"]))
 
 
@@ -71,17 +78,51 @@ def run_command(source: str, overrides: list[str], runs: Path, as_json: bool) ->
 def check_command(source: str, overrides: list[str], as_json: bool) -> None:
     """``qc check``."""
     with explained(as_json):
-        from recipes.load import load
-
-        recipe = load(source, overrides)
-        from qc.compiling import plan
-
-        graph, errors = plan(recipe)
-        raise_all(errors)
+        recipe, graph = _checked(source, overrides, as_json)
         counts = {"sites": len(graph.sites()), "tensors": len(graph.tensors()), "blocks": graph.blocks}
         stored = size(stored_bytes(graph))
         text = f"{recipe.file.name} is fine: {counts['sites']} ops, {counts['blocks']} blocks, {stored} when compiled"
         result({"ok": True, **counts, "bytes": stored_bytes(graph)}, as_json, lambda: text)
+
+
+def _checked(source: str, overrides: list[str], each: bool) -> tuple[Any, Any]:
+    """A recipe and the graph that it would give. Raises all its mistakes, those of the text and those of shapes.
+
+    Unless ``each`` is asked for, a mistake that many sites share is told once.
+    """
+    from recipes.load import draft
+
+    recipe, errors = draft(source, overrides)
+    graph = None
+    if recipe is not None and (recipe.model is not None or not errors):
+        from qc.compiling import plan
+
+        try:
+            graph, more = plan(recipe)
+            errors += more
+        except QcError as error:  # the model itself; what the passes would meet is not known
+            errors += error.errors if isinstance(error, QcErrors) else [error]
+    raise_all(sorted(errors if each else _alike(errors), key=_written))
+    return recipe, graph
+
+
+def _alike(errors: list[QcError]) -> list[QcError]:
+    """Of errors that are the same but for the site, only the first, and how many there are."""
+    groups: dict[tuple[str, str, str | None], list[QcError]] = {}
+    for error in errors:
+        what = error.what.replace(error.site, "") if error.site else error.what
+        groups.setdefault((what, error.fix, error.line), []).append(error)
+    for first, *others in groups.values():
+        if others:
+            first.what += f", and the same at {len(others)} more, the last of them {others[-1].site}"
+    return [group[0] for group in groups.values()]
+
+
+def _written(error: QcError) -> tuple[bool, int, int]:
+    """Where in the recipe an error is: what is on the command line, or about no line, comes last."""
+    line, _, column = (error.line or "").rpartition(":")
+    number = line.rpartition(":")[2]
+    return (False, int(number), int(column)) if number.isdigit() and column.isdigit() else (True, 0, 0)
 
 
 def stored_bytes(graph: Any) -> int:

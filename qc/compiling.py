@@ -81,8 +81,7 @@ def _compile(folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, ch
     from passes.runner import apply
     from recipes.lock import text as lock_text
 
-    if recipe.models is not None:
-        raise QcError("a recipe of several models cannot be compiled yet", line=str(recipe.file), fix="give one model:")
+    _expect_one_model(recipe)
     if parent is None:
         graph, tokenizer, parent_digest = (
             capture(str(recipe.model), dtype=getattr(torch, DTYPES[recipe.dtype])),
@@ -118,6 +117,11 @@ def _compile(folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, ch
         "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": identity(str(recipe.model)),
     }  # fmt: skip
     save(folder, graph, texts=texts, tokenizer=tokenizer, parent=parent_digest, about=about)
+
+
+def _expect_one_model(recipe: Recipe) -> None:
+    if recipe.models is not None:
+        raise QcError("a recipe of several models cannot be compiled yet", line=str(recipe.file), fix="give one model:")
 
 
 def run_step(step: PassStep, action: Callable[[PassStep], Any]) -> Any:
@@ -167,6 +171,7 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
     from graph import capture
     from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
 
+    _expect_one_model(recipe)
     errors: list[QcError] = []
     stages = _stages(recipe, until)
     folder = locate(str(recipe.model))

@@ -84,13 +84,16 @@ class _Reader:
     def stage(self, node: Node) -> Stage | None:
         if not node.map:
             self.mistakes.add(node.place, f"a stage needs a map, not {said(node.value)}", "write - name: NAME")
+            self.steps.astray = True
             return None
         _check_keys(node, ["name", *WORK], "the stage", self.mistakes)
         work = self.work(node)
         if "name" not in node.map:
             self.mistakes.lack(node.place, "the stage has no 'name', which it needs", "add name: to the stage")
+            self.steps.astray = True
             return None
         is_name = self.steps.is_name(node.map["name"], "the name of a stage")
+        self.steps.astray = self.steps.astray or not is_name
         return Stage(name=str(node.map["name"].value), **work) if is_name else None
 
     def work(self, node: Node) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from graph.errors import QcError, raise_all
 from recipes import files, override, paths, shorthand
 from recipes.build import build
 from recipes.compose import compose
@@ -18,17 +19,23 @@ def load(recipe: str | Path, set: Overrides = ()) -> Recipe:
 
     Raises QcError, or QcErrors with all mistakes there are.
     """
+    found, errors = draft(recipe, set)
+    raise_all(errors)
+    assert found is not None, "unreadable for no reason"
+    return found
+
+
+def draft(recipe: str | Path, set: Overrides = ()) -> tuple[Recipe | None, list[QcError]]:
+    """As much of a recipe as can be read, and its mistakes; of its passes those ahead of the first mistaken one."""
     mistakes = Mistakes()
     path, shown = files.find(str(recipe), Path())
     try:
         root = compose(path, shown, mistakes)
     except Unreadable:
-        mistakes.raise_any()
-        raise AssertionError("unreadable for no reason") from None
+        return None, mistakes.errors()
     _complete(root, set, mistakes)
     found = build(root, Path(path).absolute(), mistakes)
-    mistakes.raise_any()
-    return found
+    return found, mistakes.errors()
 
 
 def _complete(root: Node, set: Overrides, mistakes: Mistakes) -> None:

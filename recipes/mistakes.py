@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from graph.errors import QcError, raise_all
+from graph.errors import QcError
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ class Mistakes:
         if not self.partial:
             self.add(place, what, fix)
 
-    def raise_any(self) -> None:
-        """Raise them in reading order: file by file in the order of their first mistake, what was ``--set`` last."""
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._found)
+
+    def errors(self) -> list[QcError]:
+        """They in reading order: file by file in the order of their first mistake, what was ``--set`` last."""
         files = list(dict.fromkeys(place.file for place, _ in self._found))
         order = sorted(self._found, key=lambda at: (not at[0].line, files.index(at[0].file), at[0].line, at[0].column))
-        raise_all([self._found[at] for at in order])
+        return [self._found[at] for at in order]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -33,7 +33,10 @@ def check_selector(node: Node, named: str, mistakes: Mistakes) -> None:
         text = str(role.value)
         if any(fnmatchcase(known, text) or fnmatchcase(text, known) for known in ROLES):
             continue
-        near = nearest(text, ROLES) or next((known for known in ROLES if known.endswith(f".{text}")), None)
+        families = sorted({f"{known.partition('.')[0]}.*" for known in ROLES if "." in known})
+        near = nearest(text, families if text.endswith("*") else ROLES) or next(
+            (known for known in ROLES if known.endswith(f".{text}")), None
+        )
         fix = f"did you mean {near!r}?" if near else f"the roles are {', '.join(ROLES)}"
         mistakes.add(role.place, f"{named}: there is no role {text!r}", fix)
     for block in _texts(node, "block"):

@@ -29,6 +29,8 @@ class Steps:
     def __init__(self, mistakes: Mistakes) -> None:
         self.mistakes = mistakes
         self.taken: dict[str, Node] = {}
+        self.astray = False
+        """Whether a step was mistaken: what the later ones would meet is not known."""
 
     def reserve(self, lists: Sequence[Node]) -> None:
         """Take the names that are written, before any is made up."""
@@ -51,14 +53,21 @@ class Steps:
         return False
 
     def read(self, passes: Node) -> tuple[PassStep, ...]:
-        """The steps of one list, as far as they are right."""
+        """The steps of one list, up to the first of the recipe that is mistaken."""
         if passes.value is None:
             return ()
         if not isinstance(passes.value, list):
             fix = "begin each pass with '- '" if passes.map else f"write [{passes.value}]"
             self.mistakes.add(passes.place, f"passes needs a list, not {said(passes.value)}", fix)
+            self.astray = True
             return ()
-        steps = [step for node in passes.value if (step := self._step(node))]
+        steps = []
+        for node in passes.value:
+            known = len(self.mistakes)
+            step = self._step(node)
+            self.astray = self.astray or step is None or len(self.mistakes) > known
+            if step is not None and not self.astray:
+                steps.append(step)
         return tuple(steps)
 
     def _step(self, node: Node) -> PassStep | None:

@@ -78,6 +78,27 @@ def test_check_finds_what_only_the_shapes_of_the_model_show_with_line_and_column
     assert errors[2]["fix"].startswith("the nearest names are model.layers.")
 
 
+BOTH = """\
+model: tiny
+passes:
+  - quantize-base: {scheme: nf4, block: 4096}
+  - add-lora: {rank: 4, select: {role: [atn.*]}}
+  - merge-lora: {into: full}
+train: {data: {text: corpus/*.txt}, steps: 1, lr: 1.0e-3, stepz: 2}
+"""
+
+
+def test_mistakes_of_the_text_and_of_shapes_come_together_and_what_many_sites_share_once(folder: Path) -> None:
+    (folder / "both.yaml").write_text(BOTH)
+    errors = json.loads(qc("check", "both.yaml", "--json", cwd=folder).out)["errors"]
+    assert [e["line"] for e in errors] == ["both.yaml:3:34"] * 14 + ["both.yaml:4:41", "both.yaml:6:59"]
+    assert errors[-2]["fix"] == "did you mean 'attn.*'?"
+    told = qc("check", "both.yaml", cwd=folder).err
+    assert told.count("error: ") == 4
+    first = "block 4096 does not divide the 64 input columns of model.layers.0.self_attn.q_proj.weight"
+    assert f"{first}, and the same at 11 more, the last of them model.layers.1.mlp.up_proj\n" in told
+
+
 def test_all_mistakes_of_a_recipe_come_at_once_as_text_and_as_json(folder: Path) -> None:
     (folder / "broken.yaml").write_text("model: tiny\npases: []\npasses:\n  - add-lora: {rnak: 4}\n")
     done = qc("check", "broken.yaml", cwd=folder)
@@ -156,6 +177,15 @@ def test_a_training_an_export_and_its_check_say_json_and_nothing_else(
     spoiled = qc("verify", exported["folder"], "--json", cwd=folder)
     assert spoiled.code == 4
     assert json.loads(spoiled.out)["errors"][0]["fix"] == "export it again"
+
+    again = answer(qc("export", compiled["run"], "--force", "--json", cwd=folder))
+    assert again["folder"] == exported["folder"]
+    assert again["top1"] == 1.0
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("kept")
+    refused = qc("export", compiled["run"], "--force", "--out", "mine", cwd=folder)
+    assert "error: mine is no export of qc, and --force replaces nothing else\n" in refused.err
+    assert (folder / "mine/notes.txt").read_text() == "kept"
 
 
 def test_generate_says_text_and_speed(compiled: Mapping[str, str], folder: Path) -> None:
