@@ -76,13 +76,16 @@ def export(
         Path | None, typer.Option("--out", "-o", help="Folder to write; without it, one in the run.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Load the export back in a fresh process and compare.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what was exported before, once the new is whole.")
+    ] = False,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Write the newest artifact of a run (or any artifact) for another runtime, load it back and compare."""
     from qc.commands import export_command
 
-    export_command(run, target, dtype, out, verify, runs, json)
+    export_command(run, target, dtype, out, verify, force, runs, json)
 
 
 @app.command()

@@ -29,13 +29,17 @@ def export_stage(
     return found
 
 
-def export_artifact(artifact: Path, wanted: Export, folder: Path, tell: Tell, verify: bool = True) -> dict[str, Any]:
-    """Write an artifact for another runtime."""
-    from runtimes.export import find
+def export_artifact(
+    artifact: Path, wanted: Export, folder: Path, tell: Tell, verify: bool = True, force: bool = False
+) -> dict[str, Any]:
+    """Write an artifact for another runtime; what was exported before stays, unless ``force`` replaces it."""
+    from runtimes.export import ABOUT, find
 
     start = time.perf_counter()
+    if force and folder.is_dir() and any(folder.iterdir()) and not (folder / ABOUT).is_file():
+        raise QcError(f"{folder} is no export of qc, and --force replaces nothing else", fix="give another folder")
     loaded = load(artifact)
-    if (folder / "config.json").is_file():
+    if (folder / ABOUT).is_file() and not force:
         tell(f"exported before: {folder}")
     else:
         report = find(wanted.target)(
@@ -44,6 +48,7 @@ def export_artifact(artifact: Path, wanted: Export, folder: Path, tell: Tell, ve
             dtype=wanted.dtype,
             max_shard=_bytes_of(wanted.max_shard_size),
             tokenizer=loaded.tokenizer,
+            force=force,
         )
         tell(f"wrote {report.folder}: {size(report.bytes)}")
     found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
@@ -71,7 +76,14 @@ def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
 
 
 def export_newest(
-    given: str | None, target: str, dtype: str | None, out: Path | None, verify: bool, runs: Path, tell: Tell
+    given: str | None,
+    target: str,
+    dtype: str | None,
+    out: Path | None,
+    verify: bool,
+    force: bool,
+    runs: Path,
+    tell: Tell,
 ) -> dict[str, Any]:
     """``qc export``: of an artifact as it is, or of a run, whose remaining passes are run first."""
     from runtimes.export import find
@@ -82,7 +94,7 @@ def export_newest(
     if given is not None and (Path(given) / "manifest.json").is_file():
         wanted = Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
         folder = out or Path(given).parent / f"export-{target}-{wanted.dtype}"
-        return export_artifact(Path(given), wanted, folder, tell, verify)
+        return export_artifact(Path(given), wanted, folder, tell, verify, force)
     run = find_run(given, runs)
     recipe = run.recipe()
     stage, artifact = finish_passes(run, recipe, tell)
@@ -91,7 +103,7 @@ def export_newest(
     )
     wanted = said or Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
     folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
-    found = export_artifact(artifact, wanted, folder, tell, verify)
+    found = export_artifact(artifact, wanted, folder, tell, verify, force)
     run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
     return found
 

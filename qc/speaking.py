@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graph.artifact import load
-from runtimes.generate import Generator
+from runtimes.generate import Generator, ends
 from runtimes.sampling import Sampling
 
 
@@ -16,7 +16,8 @@ class Speaker:
 
     def __init__(self, folder: Path, sampling: Sampling, chat: bool):
         artifact = load(folder)
-        self.generator = Generator(artifact.graph.materialize(), artifact.load_tokenizer())
+        graph, tokenizer = artifact.graph.materialize(), artifact.load_tokenizer()
+        self.generator = Generator(graph, tokenizer, eos=ends(graph, tokenizer, artifact.tokenizer))
         self.sampling, self.chat = sampling, chat
 
     def say(self, prompt: str, *, stream: bool) -> dict[str, Any]:

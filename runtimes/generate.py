@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -97,7 +99,7 @@ class Generator:
     def __init__(self, graph: Graph, tokenizer: Any, *, eos: Sequence[int] | None = None):
         self.graph, self.uncached = _cached(graph)
         self.tokenizer = tokenizer
-        self.eos = frozenset(_ends(graph, tokenizer) if eos is None else eos)
+        self.eos = frozenset(ends(graph, tokenizer) if eos is None else eos)
         self.vocabulary = vocabulary(graph)
         self.limit = _limit(graph)
 
@@ -108,9 +110,9 @@ class Generator:
         if not prompts:
             raise QcError("there is no prompt", fix="give a text to go on from")
         talk = chat or any(_is_chat(prompt) for prompt in prompts)
-        ends = self.eos | _turn_ends(self.tokenizer) if talk else self.eos
+        closing = self.eos | _turn_ends(self.tokenizer) if talk else self.eos
         encoded = [self.encode(prompt, chat) for prompt in prompts]
-        rows = [_Row(self.tokenizer, ends, i, ids, sampling, stream) for i, ids in enumerate(encoded)]
+        rows = [_Row(self.tokenizer, closing, i, ids, sampling, stream) for i, ids in enumerate(encoded)]
         longest = max(len(row.prompt) for row in rows)
         self._fits(longest, sampling.max_tokens)
         reader = self._reader([row.prompt for row in rows], longest + sampling.max_tokens)
@@ -228,10 +230,20 @@ def _cached(graph: Graph) -> tuple[Graph, str | None]:
     return copy, None
 
 
-def _ends(graph: Graph, tokenizer: Any) -> list[int]:
-    named = graph.config.get("eos_token_id")
-    found = list(named) if isinstance(named, (list, tuple)) else [named]
-    return [token for token in [*found, tokenizer.eos_token_id] if token is not None]
+def ends(graph: Graph, tokenizer: Any, folder: Path | None = None) -> list[int]:
+    """The tokens that end a text: those of the model, the tokenizer's, and those of ``generation_config.json``.
+
+    Many chat models name the end of a turn only in that file, which lies in ``folder``.
+    """
+    named = [graph.config.get("eos_token_id"), tokenizer.eos_token_id]
+    path = folder / "generation_config.json" if folder is not None else None
+    if path is not None and path.is_file():
+        try:
+            named.append(json.loads(path.read_text()).get("eos_token_id"))
+        except (ValueError, AttributeError):
+            raise QcError(f"{path} is not a generation configuration", fix="repair it, or remove it") from None
+    listed = [token for one in named for token in (one if isinstance(one, (list, tuple)) else [one])]
+    return [token for token in dict.fromkeys(listed) if isinstance(token, int)]
 
 
 def _is_chat(prompt: Prompt) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from graph import Graph, QcError, capture
 from runtimes.detokenize import HALF
-from runtimes.generate import Generator, generate
+from runtimes.generate import Generator, ends, generate
 from runtimes.sampling import Sampling
 from tests.architectures import config
 
@@ -170,6 +171,18 @@ def test_a_chat_is_put_into_the_template_and_ends_with_the_turn() -> None:
     said = scripted("." * (len(wanted) - 1) + "yes", tail=[3])
     found = generate(said, tokenizer(), "hi", Sampling(max_tokens=20), chat=True)
     assert (found.text, found.rows[0].finish) == ("yes", "eos")
+
+
+def test_ends_that_only_the_generation_configuration_names_end_a_text(tmp_path: Path) -> None:
+    small = graph("qwen3")
+    assert ends(small, tokenizer(), tmp_path) == [0]
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [3, 0]}')
+    assert ends(small, tokenizer(), tmp_path) == [0, 3]
+    path.write_text("[]")
+    with pytest.raises(QcError) as caught:
+        ends(small, tokenizer(), tmp_path)
+    assert str(caught.value) == f"{path} is not a generation configuration\n  fix    repair it, or remove it"
 
 
 def test_a_quantized_graph_generates() -> None:
