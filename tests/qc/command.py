@@ -10,8 +10,10 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.forkserver import ensure_running
@@ -66,6 +68,26 @@ def answer(done: Done) -> Any:
     """The JSON on stdout of a command that did what it should; nothing else may stand there."""
     assert done.code == 0, done.err
     return json.loads(done.out)
+
+
+def killed(*argv: str, cwd: Path, sign: str, delay: float) -> bool:
+    """Start ``qc ARGV…``, and SIGKILL it ``delay`` seconds after a path of the glob ``sign`` that was not there appears.
+
+    False if it ended by itself before.
+    """
+    _start_server()
+    old = set(cwd.glob(sign))
+    with tempfile.TemporaryDirectory() as temporary:
+        files = [str(Path(temporary, name)) for name in ("out", "err")]
+        process = _CONTEXT.Process(target=_child, args=(_qc, argv, cwd, {}, "", [], files))
+        process.start()
+        while process.exitcode is None and not set(cwd.glob(sign)) - old:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), Path(files[1]).read_text()
+        return process.exitcode != 0
 
 
 def _run(
