@@ -148,6 +148,36 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     The first ``r`` columns turn, the others pass. Pairs are ``(i, i + r/2)``, or ``(2i, 2i + 1)`` if ``interleaved``.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if torch.is_grad_enabled() and x.requires_grad and not (cos.requires_grad or sin.requires_grad):
+        turned: Tensor = _Rope.apply(x, cos, sin, interleaved)
+        return turned
+    return _rope(x, cos, sin, interleaved)
+
+
+class _Rope(torch.autograd.Function):
+    """Its backward turns back, in three passes over the gradient; what autograd would make of it takes nine."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved, ctx.dtype = interleaved, x.dtype
+        return _rope(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        r = cos.shape[-1]
+        g = grad[..., :r].to(cos.dtype)
+        d_x = g * cos
+        first, second = (slice(0, None, 2), slice(1, None, 2)) if ctx.interleaved else (slice(r // 2), slice(r // 2, r))
+        d_x[..., first].addcmul_(g[..., second], sin[..., second])
+        d_x[..., second].addcmul_(g[..., first], sin[..., first], value=-1)
+        d_x = d_x.to(ctx.dtype)
+        return (d_x if r == grad.shape[-1] else torch.cat((d_x, grad[..., r:]), -1)), None, None, None
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """``rope`` with a dimension for the heads in both tables."""
     r = cos.shape[-1]
     turned, passed = (x, None) if r == x.shape[-1] else (x[..., :r], x[..., r:])
     if interleaved:

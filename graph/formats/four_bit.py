@@ -78,7 +78,7 @@ class FourBit:
 
     def by_row(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Without double quantization, whose groups of 256 blocks run over the ends of rows."""
-        absmax = _block_scales(packed["absmax"], packed.get("absmax_scale"), packed.get("absmax_offset"))
+        absmax = block_scales(packed["absmax"], packed.get("absmax_scale"), packed.get("absmax_offset"))
         return {"indices": packed["indices"], "absmax": absmax}
 
     def widest_error(self, w: Tensor, largest: float) -> Tensor:
@@ -105,7 +105,7 @@ def dequantize_4bit(
     if not has_data(indices):
         return indices.new_empty((rows, columns), dtype=dtype)
     block = columns // absmax.shape[1]
-    scales = _block_scales(absmax, absmax_scale, absmax_offset)
+    scales = block_scales(absmax, absmax_scale, absmax_offset)
     if block > 1024 and not scales.is_cuda:  # bitsandbytes would compile a slow path for these, several seconds a shape
         scales, block = scales.repeat_interleave(block // 1024, dim=1), 1024
     made = dtype if dtype.itemsize <= 4 else torch.float32
@@ -125,7 +125,7 @@ def _compress(absmax: Tensor) -> dict[str, Tensor]:
     return {"absmax": packed.view(absmax.shape), "absmax_scale": scales, "absmax_offset": offset}
 
 
-def _block_scales(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def block_scales(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     """Each block's largest magnitude, f32 [out, blocks]."""
     if scale is None or offset is None:
         return absmax

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn.functional import linear
 
 from graph.core import Graph
-from graph.formats.four_bit import dequantize_4bit
+from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
@@ -77,6 +77,24 @@ def fuse_dequantize(graph: Graph) -> int:
         fused += 1
     graph.verify()
     return fused
+
+
+def unnest_scales(graph: Graph) -> int:
+    """Store the scales of fused 4-bit linears in fp32 where they are in 8 bits; return how many weights had such.
+
+    For the copy that trains: 0.37 bits per weight more, and a tenth of the time that unpacking takes less.
+    """
+    sites = [site for site in graph.sites("qc.linear_4bit") if "absmax_scale" in site.node.kwargs]
+    for site in sites:
+        absmax, scale, offset = (site.node.args[2], *(site.node.kwargs[f"absmax_{end}"] for end in ("scale", "offset")))
+        names = [str(node.target) for node in (absmax, scale, offset) if isinstance(node, fx.Node)]
+        if graph.dtype_of(names[0]) == torch.uint8:  # else a tied weight, which another site has seen to
+            graph.set_tensor(names[0], block_scales(*(graph.tensor(name) for name in names)))
+        kept = {key: value for key, value in site.node.kwargs.items() if not key.startswith("absmax_")}
+        site.node.kwargs = kept
+    graph.module.graph.eliminate_dead_code()
+    graph.verify()
+    return len(sites)
 
 
 def _unpacking(weight: Any) -> fx.Node | None:

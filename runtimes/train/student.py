@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graph import Graph, QcError
-from graph.formats.fuse import fuse_dequantize
+from graph.formats.fuse import fuse_dequantize, unnest_scales
 from graph.lora import write_in_place
 from graph.nest import nest
 from runtimes.data import Batch
@@ -40,6 +40,7 @@ class Student:
         self.cut = cut_head(work)
         work.verify()
         fuse_dequantize(work)
+        unnest_scales(work)
         write_in_place(work)
         if work.dtype != self.dtype or work.device != processes.device:
             work.to(self.dtype, processes.device)

@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from graph import Graph, Selector, capture, capture_module
 from graph.formats import FourBit, dense_value, fuse_dequantize, make_format, packed_sites, store_packed
+from graph.formats.fuse import unnest_scales
 from passes.quantize_base import QuantizeBase
 
 FUSED = """
@@ -47,6 +48,19 @@ def gradients(graph: Graph, x: Tensor) -> list[Tensor]:
     y = graph(x)
     inputs = [x, graph.tensor("up.bias")]
     return [y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))]
+
+
+def test_scales_in_8_bits_are_stored_in_fp32_for_training_and_give_the_same_bits() -> None:
+    graph, x = packed_mlp(double_quant=True)
+    fused = graph.copy()
+    fuse_dequantize(fused)
+    wanted = gradients(fused, x)
+    assert unnest_scales(fused) == 2
+    assert "absmax_scale" not in str(fused)
+    assert fused.dtype_of("up.weight.absmax") == torch.float32
+    assert graph.dtype_of("up.weight.absmax") == torch.uint8, "the graph itself keeps what it stores"
+    assert all(torch.equal(a, b) for a, b in zip(gradients(fused, x), wanted, strict=True))
+    assert unnest_scales(fused) == 0
 
 
 def test_each_linear_takes_in_the_op_that_unpacks_its_weight() -> None:
