@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -64,6 +65,14 @@ class Checkpoint:
                 fix="the folder does not hold the weights that its config.json describes; fetch it again",
             )
         return bound
+
+    def is_converted(self, model: Any) -> bool:
+        """Whether tensors of ``model`` are parts or joins of tensors in the files (q, k and v in one, say)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        converters = [w for w in get_model_conversion_mapping(model) if isinstance(w, WeightConverter)]
+        return any(re.search(pattern, key) for w in converters for pattern in w.source_patterns for key in self.tensors)
 
     def _keys(self, graph: Graph, model: Any) -> dict[str, str]:
         """Graph name -> key in the files: the same, a former name, or the base model's prefix put on or taken off."""

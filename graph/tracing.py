@@ -56,6 +56,9 @@ def capture(
         )
     checkpoint = open_checkpoint(str(model))
     graph, empty = _trace(checkpoint.config, kind or _kind_of_config(checkpoint.config), canonical)
+    if checkpoint.is_converted(empty):  # a tensor of the graph is no tensor of the files: transformers makes it
+        loaded = type(empty).from_pretrained(checkpoint.folder, dtype=checkpoint.dtype, local_files_only=True)
+        return _bind_live(graph, loaded.eval(), dtype)
     _typed(graph, dtype or checkpoint.dtype)
     graph.stored = checkpoint.bind(graph, empty)
     _fill_in_computed(graph, empty)
