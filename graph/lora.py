@@ -155,7 +155,10 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale
     return total.mul_((magnitude.float() / row_norms(weight, a, b, scale))[:, None])
 
 
-PRODUCERS = ("aten.linear", "qc.linear_4bit", "qc.linear_int8", "qc.lora", "qc.lora_in_place")
+PRODUCERS = (
+    "aten.linear", "qc.linear_4bit", "qc.linear_int8", "qc.linear_lut", "qc.linear_fake_lut", "qc.lora",
+    "qc.lora_in_place",
+)  # fmt: skip
 """Ops that return a tensor of their own and do not need it in their backward."""
 
 

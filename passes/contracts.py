@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graph import Graph, Site
-from graph.formats import format_of, packed_sites, weight_name
+from graph.formats import arguments, format_of, packed_sites
 from graph.ops import op_name
 from graph.shapes import dims_of
 from graph.sites import node_name
@@ -114,16 +114,20 @@ def _ties(before: Graph, after: Graph) -> Iterator[Breach]:
 
 
 def _packed(after: Graph) -> Iterator[Breach]:
-    """Packed tensors are all there is of a weight: of the types that the format has, and none of them trains."""
+    """Packed tensors are all there is of a weight: of the types that the format has, and integers do not train."""
     for site in packed_sites(after):
-        form, name = format_of(site), weight_name(site)
-        made = form.pack(torch.empty(site.value.shape, device="meta"))
-        for tensor in site.tensors():
-            kind, wanted = after.info(tensor).kind, made[tensor.removeprefix(f"{name}.")]
-            if kind != "buffer":
+        form, holder = format_of(site), site.input(0).meta["val"].dtype
+        dtype = holder if holder.is_floating_point else torch.float32
+        made = form.pack(torch.empty(site.value.shape, dtype=dtype, device="meta"))
+        for suffix, arg in arguments(site).items():
+            if not isinstance(arg, fx.Node):
+                continue
+            tensor, value, wanted = node_name(arg), arg.meta["val"], made[suffix]
+            kind = after.info(tensor).kind if arg.op == "get_attr" else "value"
+            if kind != "buffer" and suffix not in form.parameters:
                 yield Breach(f"{tensor} is part of a packed weight and is a {kind}", site.name)
-            if (after.dtype_of(tensor), after.shape(tensor)) != (wanted.dtype, tuple(wanted.shape)):
-                has = f"{after.dtype_of(tensor)} {list(after.shape(tensor))}"
+            if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
+                has = f"{value.dtype} {list(value.shape)}"
                 yield Breach(f"{tensor} is {has}, and {form.name} has {wanted.dtype} {list(wanted.shape)}", site.name)
 
 

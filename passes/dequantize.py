@@ -4,6 +4,8 @@
               y = linear(x, W/dequantize)
     after     y = linear(x, W)
 
+A latent weight gives way to what it is quantized to: its levels times its scales.
+
 The values are those the packed weight stood for; what packing lost does not come back.
 """
 
@@ -16,6 +18,7 @@ import torch
 
 from graph import Graph, Site
 from graph.formats import dense_value, rounded, store_dense, weight_name
+from graph.formats.stored import DEQUANTIZE
 from passes.base import Exact, Lossy, Pass
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +29,7 @@ class Dequantize(Pass):
     """Store the float weight that each selected packed one stands for, under its old name, frozen."""
 
     contract = Exact()
-    ops = ("qc.dequantize_4bit", "qc.dequantize_int8")
+    ops = DEQUANTIZE
     idempotent = False  # a second run has nothing to select, and says so
 
     dtype: Literal["model", "fp32", "bf16", "fp16"] = "model"

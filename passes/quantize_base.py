@@ -1,8 +1,13 @@
-"""Hold the base weights in 4 or 8 bits.
+"""Hold the base weights in 8 bits or fewer.
 
     before    y = linear(x, W)
     after     W/dequantize = qc.dequantize_4bit(W.indices, W.absmax, nf4, model)
               y = linear(x, W/dequantize)
+
+With the scheme lut, a weight is a few levels times scales, and levels and scales are parameters:
+
+    factored  W/dequantize = qc.dequantize_lut(W.indices, W.lut, 1024, model, scale_a=…, scale_b=…, scale_g=…)
+    latent    W/fake_quantize = qc.fake_quantize_lut(W.latent, W.lut, model, scale_a=…, scale_b=…, floor=1e-08)
 
 The integers are all that is left of a weight, and they do not train: a weight that was trainable is frozen. Embeddings
 and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
@@ -11,15 +16,25 @@ so selecting one reader packs the weight of both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal
 
 import torch
 
-from graph import Graph, QcError, Selector
-from graph.formats import Format, Scheme, Tally, fidelity, make_format, packed_sites, release_freed, store_packed
+from graph import Graph, QcError, Selector, Site
+from graph.formats import (
+    Format,
+    Lut,
+    LutOptions,
+    Tally,
+    fidelity,
+    make_format,
+    packed_sites,
+    release_freed,
+    store_packed,
+)
 from passes.base import Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +45,7 @@ RELEASE_EVERY = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeBase(Pass):
-    """Pack the weight of every selected linear and embedding with bitsandbytes' formats."""
+    """Pack the weight of every selected linear and embedding: in bitsandbytes' formats, or as a table of levels."""
 
     contract = Lossy(min_psnr_db=10.0)  # deep random models amplify noise; ``fidelity`` bounds every weight by itself
     ops = ("aten.linear", "aten.embedding")
@@ -38,14 +53,17 @@ class QuantizeBase(Pass):
     select: Selector = BLOCK_WEIGHTS
     """Which weights. Without a role or a name in it, embeddings and head are left out."""
 
-    scheme: Scheme = "nf4"
-    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits) or int8 (8 bits, one scale a row)."""
+    scheme: Literal["nf4", "fp4", "int8", "lut"] = "nf4"
+    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits, one scale a row) or lut (1 to 8 bits)."""
 
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights of a row that share one scale; it must divide the rows. Not for int8."""
+    """Weights of a row that share one scale; it must divide the rows. For nf4 and fp4."""
 
     double_quant: bool = False
-    """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. Not for int8."""
+    """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. For nf4 and fp4."""
+
+    lut: LutOptions | None = None
+    """Levels, scales and training of the scheme lut."""
 
     compute_dtype: Literal["model", "fp32", "bf16", "fp16"] = "model"
     """The dtype in which weights are unpacked: the model's own, or always this one, then cast to the model's."""
@@ -57,18 +75,30 @@ class QuantizeBase(Pass):
             object.__setattr__(self, "select", replace(self.select, exclude=kept))
         if self.scheme == "int8":
             object.__setattr__(self, "contract", Lossy(min_psnr_db=25.0, min_weight_snr_db=8.0))
+        if self.scheme == "lut":
+            weights = 0.0 if self.tables.fit == "mse" else -10.0  # one bit and absmax scales lose more than is there
+            object.__setattr__(self, "contract", Lossy(min_psnr_db=0.0, min_weight_snr_db=weights))
+
+    @property
+    def tables(self) -> LutOptions:
+        """What holds for LUT weights."""
+        return self.lut or LutOptions()
 
     @property
     def form(self) -> Format:
-        """The format that the options ask for."""
+        """The format of all weights, for the schemes that have but one."""
+        assert self.scheme != "lut", "see form_for()"
         return make_format(self.scheme, block=self.block, double_quant=self.double_quant)
+
+    def form_for(self, role: str, shape: tuple[int, ...]) -> Format:
+        """The format of a weight of this role and shape [out, in]."""
+        return self.tables.form_for(role, shape) if self.scheme == "lut" else self.form
 
     def check(self, graph: Graph) -> Sequence[QcError]:
         """Every selected weight that the format cannot hold, and every selected site without a stored weight."""
-        found = []
-        if self.scheme == "int8" and (self.double_quant or self.block != 64):
-            unused = "double_quant" if self.double_quant else "block"
-            found.append(QcError(f"int8 has one scale a row and no {unused}", fix=f"take {unused} out, or use nf4"))
+        found = list(self._mistakes())
+        if found and self.scheme == "lut":
+            return found  # of options that do not go together, none says what a weight becomes
         try:
             sites = self.select.pick(graph.sites(*self.ops), graph.blocks)
         except QcError as error:
@@ -77,7 +107,7 @@ class QuantizeBase(Pass):
         for site in sites:
             weight = site.weight()
             if weight is not None:
-                problem = self.form.problem(weight, graph.shape(weight))
+                problem = self._problem(weight, site.role, graph.shape(weight))
             elif packed.isdisjoint(site.tensors()):
                 problem = QcError("the weight is computed in the graph, not stored", fix="exclude it from select")
             else:
@@ -86,6 +116,22 @@ class QuantizeBase(Pass):
                 problem.site = site.name
                 found.append(problem)
         return found
+
+    def _mistakes(self) -> Iterator[QcError]:
+        """Options that do not go together, whatever the model."""
+        if self.scheme in ("int8", "lut") and (self.double_quant or self.block != 64):
+            unused = "double_quant" if self.double_quant else "block"
+            scales = "has one scale a row" if self.scheme == "int8" else "has scales of its own (lut.scale)"
+            yield QcError(f"{self.scheme} {scales} and no {unused}", fix=f"take {unused} out, or use nf4")
+        if self.lut is not None and self.scheme != "lut":
+            yield QcError(f"lut is given, and scheme is {self.scheme}", fix="set scheme to lut, or take lut out")
+        if self.scheme == "lut":
+            yield from self.tables.mistakes()
+
+    def _problem(self, weight: str, role: str, shape: tuple[int, ...]) -> QcError | None:
+        if self.scheme == "lut" and self.tables.size(role) is None:
+            return self.tables.no_size(role)
+        return self.form_for(role, shape).problem(weight, shape)
 
     def run(self, graph: Graph) -> Report:
         """Pack one weight after the other; each is read, packed, compared and let go before the next."""
@@ -96,18 +142,22 @@ class QuantizeBase(Pass):
                 continue
             changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
             earlier = figures.bytes_before // RELEASE_EVERY
-            self._pack(graph, weight, site.name, figures)
+            self._pack(graph, weight, site, figures)
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
         return Report(tuple(changed), figures.summary())
 
-    def _pack(self, graph: Graph, weight: str, site: str, figures: Tally) -> None:
-        w, form = graph.tensor(weight).detach(), self.form
+    def _pack(self, graph: Graph, weight: str, site: Site, figures: Tally) -> None:
+        w, form = graph.tensor(weight).detach(), self.form_for(site.role, graph.shape(weight))
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
-            raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site)
+            raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
         packed = form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
         assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
         figures.add(weight, w, packed, found)
         store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
+        if isinstance(form, Lut):
+            figures.add_scales(form.once_baked(packed), w.numel(), form.scales_below(packed))
+            for suffix in set(self.tables.trained()) & packed.keys():
+                graph.set_info(f"{weight}.{suffix}", trainable=True, group=self.tables.train)

@@ -60,7 +60,8 @@ class SetTrainable(Pass):
 
     def _assign(self, graph: Graph) -> tuple[dict[str, str | None], list[QcError]]:
         """The tensors to train, each with its group, and everything that is wrong with the selectors."""
-        packed = {tensor for site in packed_sites(graph) for tensor in site.tensors()}
+        sides = {tensor for site in packed_sites(graph) for tensor in site.tensors()}
+        packed = {tensor for tensor in sides if graph.info(tensor).kind == "buffer"}
         offered = [t for t in graph.named_tensors() if t.info.kind == "parameter" or t.name in packed]
         wanted: dict[str, str | None] = {}
         errors: list[QcError] = []
@@ -72,17 +73,18 @@ class SetTrainable(Pass):
                 error.what = error.what if group is None else f"group {group!r}: {error.what}"
                 errors.append(error)
                 continue
-            errors += _not_trainable([t.name for t in picked if t.name in packed])
+            errors += _not_trainable([t.name for t in picked if t.name in packed], graph)
             errors += [_in_two(t.name, wanted[t.name], group) for t in picked if wanted.get(t.name) is not None]
             wanted |= {t.name: group for t in picked}
         return wanted, errors
 
 
-def _not_trainable(packed: list[str]) -> list[QcError]:
+def _not_trainable(packed: list[str], graph: Graph) -> list[QcError]:
     if not packed:
         return []
     others = f" and {len(packed) - 1} more are" if len(packed) > 1 else " is"
-    fix = "run dequantize first, or exclude '*.weight.*'"
+    lut = all(name.removesuffix("indices") + "lut" in graph.tensors() for name in packed)
+    fix = f"run dequantize first, or exclude '{'*.indices' if lut else '*.weight.*'}'"
     return [QcError(f"{packed[0]}{others} part of a packed weight, which cannot train", fix=fix)]
 
 

@@ -4,6 +4,12 @@
     after     y = linear(x, W: f32[…])    every value of W is an fp16 number
 
 An export to that type then loses nothing, and what is evaluated before it is what the export will compute with.
+
+    before    W/dequantize = qc.dequantize_lut(W.indices, W.lut: f32[16], …, scale_a=…, scale_b=…, scale_g: f32[32])
+    after     W/dequantize = qc.dequantize_lut(W.indices, W.lut: f16[16], …, scale_a: f16[…], scale_b: f16[…])
+
+A LUT weight all of whose levels and scales are selected is baked, as a device holds it: ``a = fp16(fp16(g) A)`` and
+``b = fp16(B)``, of unit columns and rows. Its indices are never touched.
 """
 
 from __future__ import annotations
@@ -13,8 +19,10 @@ from typing import Literal
 
 import torch
 
-from graph import Graph, QcError, raise_all
-from graph.formats import rounded
+from graph import Graph, QcError, Site, raise_all
+from graph.formats import Lut, format_of, packed_sites, packed_tensors, rounded, weight_name
+from graph.formats.lut_convert import baked
+from graph.formats.repack import repack
 from passes.base import Lossy, Pass, Report
 
 GRIDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,16 +47,33 @@ class Snap(Pass):
     def run(self, graph: Graph) -> Report:
         """Round one tensor after the other; those that are on the grid are not touched."""
         floats = [t for t in graph.named_tensors() if t.info.saved and graph.dtype_of(t.name).is_floating_point]
+        picked = self.select.pick(floats, graph.blocks, what="float tensor")
         changed: list[str] = []
         errors: list[QcError] = []
-        for tensor in self.select.pick(floats, graph.blocks, what="float tensor"):
+        names = {tensor.name for tensor in picked}
+        for site in self._bakes(graph, names):
+            changed += _bake(graph, site)
+        for tensor in picked:
+            if tensor.name not in graph.tensors() or tensor.name in changed:
+                continue
             try:
                 if self._round(graph, tensor.name):
                     changed.append(tensor.name)
             except QcError as error:
                 errors.append(error)
         raise_all(errors)
-        return Report(tuple(changed), {"tensors_rounded": len(changed)})
+        return Report(tuple(changed), {"tensors_rounded": len([name for name in changed if name in names])})
+
+    def _bakes(self, graph: Graph, names: set[str]) -> list[Site]:
+        """The LUT weights that are to be baked and are not yet."""
+        if self.dtype != "fp16":
+            return []
+        return [
+            site
+            for site in packed_sites(graph)
+            if isinstance(form := format_of(site), Lut) and not (form.baked or form.latent or form.floor is not None)
+            if names.issuperset(t for t in site.tensors() if not t.endswith(".indices"))
+        ]
 
     def _round(self, graph: Graph, name: str) -> bool:
         value = graph.tensor(name).detach()
@@ -59,3 +84,14 @@ class Snap(Pass):
             return False
         graph.set_tensor(name, on_grid)
         return True
+
+
+def _bake(graph: Graph, site: Site) -> list[str]:
+    """Store a LUT weight as a device holds it, frozen; the names of the sites and tensors that this changes."""
+    form, name = format_of(site), weight_name(site)
+    assert isinstance(form, Lut)
+    made = baked(form, packed_tensors(graph, site))
+    sides = [f"{name}.{suffix}" for suffix in made.packed if suffix != "indices"]
+    for tensor in sides:
+        graph.set_info(tensor, trainable=False, group=None)
+    return [*repack(graph, site, made.form, made.packed), *sides]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graph import Graph, Site
 from graph.formats.fidelity import ROUNDING
 from graph.formats.format import chunks
-from graph.formats.stored import DEQUANTIZE, format_of
+from graph.formats.stored import DEQUANTIZE, format_of, packed_tensors
 from graph.ops import op_name
 from graph.probe import evaluate_constant, failing_site, probe_inputs, psnr_db, run, snr_db, values_by_site
 from graph.sites import is_constant, node_name
@@ -91,11 +91,13 @@ def _unfaithful(site: Site, old: fx.Node, new: fx.Node, was: Tensor, now: Tensor
     if old.op != "get_attr" or packed is None or was.shape != now.shape:
         return
     form, largest = format_of(packed), max(abs(float(x)) for x in was.aminmax())
+    cut = form.by_row(packed_tensors(site.graph, packed))
     rounding = max(torch.finfo(dtype).eps for dtype in (packed.value.dtype, new.meta["val"].dtype, torch.float32))
     for part in chunks(was):
-        rows, error = was[part].float(), (now[part].float() - was[part].float()).abs_()
-        allowed = form.widest_error(rows, largest) * ROUNDING + 1e-30
-        allowed += rounding * rows.abs().view(*allowed.shape, -1).amax(-1)
+        rows, got = was[part].float(), now[part].float()
+        error = (got - rows).abs()
+        allowed = form.widest_error(rows, cut(part), largest) * ROUNDING + 1e-30
+        allowed += rounding * torch.maximum(rows.abs(), got.abs()).view(*allowed.shape, -1).amax(-1)
         worst = (error.view(*allowed.shape, -1).amax(-1) / allowed).max().item()
         if not worst <= 1:
             what = f"the weight of {site.name} is {worst:.3g} times further off than {form.name} allows"

@@ -120,6 +120,8 @@ def _constants(old: Site, new: Site, changed: Collection[str]) -> Iterator[Breac
         one, other = was.get(place), now.get(place)
         what = title(new.node, place)
         if isinstance(one, fx.Node) and other is None:
+            if new.name in changed and is_constant(new.node):
+                continue  # a weight in another form; what it stands for is compared by itself
             yield Breach(f"{new.name} lost its {what}", new.name)
         elif new.name in changed or (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
             continue

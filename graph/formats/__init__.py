@@ -16,8 +16,11 @@ from graph.formats.four_bit import BLOCKS as BLOCKS
 from graph.formats.four_bit import FourBit as FourBit
 from graph.formats.fuse import fuse_dequantize as fuse_dequantize
 from graph.formats.int8 import Int8 as Int8
+from graph.formats.lut_format import Lut as Lut
+from graph.formats.lut_options import LutOptions as LutOptions
 from graph.formats.memory import release_freed as release_freed
 from graph.formats.rounding import rounded as rounded
+from graph.formats.stored import arguments as arguments
 from graph.formats.stored import dense_value as dense_value
 from graph.formats.stored import format_of as format_of
 from graph.formats.stored import packed_sites as packed_sites

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from graph.errors import QcError
 
 V = TypeVar("V")
+
+Rows = Callable[[slice], dict[str, Tensor]]
+"""Gives the side tensors of some rows of a weight: a weight of the same format."""
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 """An op, its arguments and its keyword arguments."""
@@ -26,6 +29,9 @@ class Format(Protocol):
     ``unpack(pack(w), dtype)`` is the weight that a graph computes with. Both also run on ``meta`` tensors.
     """
 
+    parameters: ClassVar[tuple[str, ...]]
+    """The suffixes of the side tensors that can train; the others are buffers."""
+
     @property
     def name(self) -> str:
         """As figures and texts call it."""
@@ -36,21 +42,21 @@ class Format(Protocol):
         ...
 
     def pack(self, w: Tensor) -> dict[str, Tensor]:
-        """Quantize. The keys become the suffixes of the side tensors, ``indices`` first."""
+        """Quantize. The keys become the suffixes of the side tensors, the integers first."""
         ...
 
     def call(self, packed: Mapping[str, V], dtype: torch.dtype) -> Call:
         """The op that unpacks and its arguments; ``packed`` holds tensors or the nodes that read them."""
         ...
 
-    def by_row(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same weight with side tensors that can be cut like the weight, row by row."""
+    def by_row(self, packed: Mapping[str, Tensor]) -> Rows:
+        """The same weight, to be cut row by row."""
         ...
 
-    def widest_error(self, w: Tensor, largest: float) -> Tensor:
+    def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
         """How far unpacking may put each value from rows ``w`` of a weight whose largest magnitude is ``largest``.
 
-        w: [out, in]  ->  [out, blocks]
+        w: [out, in]    packed: the side tensors of these rows  ->  [out, blocks]
         """
         ...
 

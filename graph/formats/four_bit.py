@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from graph.errors import QcError
-from graph.formats.format import Call, V, chunks, has_data
+from graph.formats.format import Call, Rows, V, chunks, has_data
 from graph.formats.kernels import kernels
 from graph.ops import op
 
@@ -33,6 +33,8 @@ class FourBit:
 
     With ``double_quant``, ``absmax`` is u8, beside ``absmax_scale`` f32 [blocks / 256] and ``absmax_offset`` f32 [].
     """
+
+    parameters: ClassVar[tuple[str, ...]] = ()
 
     kind: Literal["nf4", "fp4"] = "nf4"
     block: int = 64
@@ -76,12 +78,12 @@ class FourBit:
         nested = {key: value for key, value in packed.items() if key.startswith("absmax_")}
         return dequantize_4bit, (packed["indices"], packed["absmax"], self.kind, dtype), nested
 
-    def by_row(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def by_row(self, packed: Mapping[str, Tensor]) -> Rows:
         """Without double quantization, whose groups of 256 blocks run over the ends of rows."""
         absmax = block_scales(packed["absmax"], packed.get("absmax_scale"), packed.get("absmax_offset"))
-        return {"indices": packed["indices"], "absmax": absmax}
+        return lambda part: {"indices": packed["indices"][part], "absmax": absmax[part]}
 
-    def widest_error(self, w: Tensor, largest: float) -> Tensor:
+    def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
         """Half the widest gap between levels, times the block's largest magnitude; more if that one is rounded too."""
         scales = w.float().view(w.shape[0], -1, self.block).abs().amax(-1)
         rounding = largest * _half_gap(_dynamic_map()) if self.double_quant else 0.0

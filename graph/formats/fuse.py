@@ -3,6 +3,7 @@
     before    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model), bias)
     after     qc.linear_4bit(x, W.indices, W.absmax, nf4, model, bias=bias)
 
+LUT weights fuse into ``qc.linear_lut`` and ``qc.linear_fake_lut``, whose levels and scales can train.
 Values and gradients are bit-identical. Artifacts hold the form before; the training runtime fuses a copy.
 """
 
@@ -18,6 +19,7 @@ from torch.nn.functional import linear
 from graph.core import Graph
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
+from graph.formats.lut_linear import linear_fake_lut, linear_lut
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
 
@@ -57,7 +59,12 @@ def linear_int8(x: Tensor, indices: Tensor, scale: Tensor, dtype: torch.dtype, b
     return linear_dequantized(x, bias, dense, indices, scale)
 
 
-FUSED: dict[str, Callable[..., Tensor]] = {"qc.dequantize_4bit": linear_4bit, "qc.dequantize_int8": linear_int8}
+FUSED: dict[str, Callable[..., Tensor]] = {
+    "qc.dequantize_4bit": linear_4bit,
+    "qc.dequantize_int8": linear_int8,
+    "qc.dequantize_lut": linear_lut,
+    "qc.fake_quantize_lut": linear_fake_lut,
+}
 """The op that takes in each unpacking op: ``x``, that op's arguments, ``bias``."""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from graph.errors import QcError
-from graph.formats.format import Call, V, chunks, has_data
+from graph.formats.format import Call, Rows, V, chunks, has_data
 from graph.formats.kernels import kernels
 from graph.ops import op
 
@@ -20,6 +21,8 @@ TINY = 1e-36
 @dataclass(frozen=True)
 class Int8:
     """8-bit weights: ``indices`` i8 [out, in] and ``scale`` f32 [out], each row's largest magnitude."""
+
+    parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -49,11 +52,11 @@ class Int8:
         """``qc.dequantize_int8`` and its arguments."""
         return dequantize_int8, (packed["indices"], packed["scale"], dtype), {}
 
-    def by_row(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def by_row(self, packed: Mapping[str, Tensor]) -> Rows:
         """They are by row already."""
-        return dict(packed)
+        return lambda part: {key: side[part] for key, side in packed.items()}
 
-    def widest_error(self, w: Tensor, largest: float) -> Tensor:
+    def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
         """Half a step: 1/254 of the row's largest magnitude."""
         return w.float().abs().amax(-1, keepdim=True) / 254
 

@@ -1,9 +1,14 @@
-"""Giving freed memory back to the system while many large tensors come and go."""
+"""Memory that is given back to the system while large tensors come and go, and memory that is kept for small ones."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+import threading
+
+import torch
+from torch import Tensor
 
 
 def release_freed() -> None:
@@ -16,3 +21,27 @@ def release_freed() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+class _Kept(threading.local):
+    """What each thread keeps."""
+
+    def __init__(self) -> None:
+        self.rooms: dict[str, Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor to write to, which lasts until the same thread asks for that name again.
+
+    On the CPU it is the same memory each time: fresh pages cost several times what is computed in half a megabyte.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape)
+    kept = _KEPT.rooms.get(name)
+    if kept is None or kept.numel() < size or kept.dtype != dtype:
+        kept = _KEPT.rooms[name] = torch.empty(size, dtype=dtype)
+    return kept[:size].view(shape)

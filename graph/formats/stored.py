@@ -2,14 +2,17 @@
 
     dense     linear(x, W)
     packed    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model))
+    latent    linear(x, qc.fake_quantize_lut(W.latent, W.lut, model, …))    packed anew each time it is read
 
 Every reader of the weight follows, so tied weights stay one tensor with two readers.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,11 +21,17 @@ from graph.core import Graph
 from graph.formats.format import Format, unpack
 from graph.formats.four_bit import FourBit, dequantize_4bit
 from graph.formats.int8 import Int8, dequantize_int8
+from graph.formats.lut import dequantize_lut, fake_quantize_lut
+from graph.formats.lut_format import Lut
 from graph.ops import op_name
+from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
-DEQUANTIZE = tuple(op_name(function) for function in (dequantize_4bit, dequantize_int8))
-"""The ops that unpack."""
+DEQUANTIZE = tuple(map(op_name, (dequantize_4bit, dequantize_int8, dequantize_lut, fake_quantize_lut)))
+"""The ops that unpack, and the one that computes what packing and unpacking would give."""
+
+HOLDERS = (".indices", ".latent")
+"""What the tensor is called in which most of a weight lies: its integers, or its floats."""
 
 
 def packed_sites(graph: Graph) -> list[Site]:
@@ -32,19 +41,33 @@ def packed_sites(graph: Graph) -> list[Site]:
 
 def weight_name(site: Site) -> str:
     """The name that the weight unpacked at ``site`` has when it is dense."""
-    return str(site.input(0).target).removesuffix(".indices")
+    return _bare(str(site.input(0).target))
+
+
+def _bare(name: str) -> str:
+    """A name without what says that it is that of the integers, or of the latent floats."""
+    return next((name.removesuffix(holder) for holder in HOLDERS if name.endswith(holder)), name)
+
+
+def arguments(site: Site) -> dict[str, Any]:
+    """What ``site`` is given, by the parameters of its op; for tensors these are their suffixes."""
+    assert callable(site.node.target)
+    return dict(inspect.signature(site.node.target).bind(*site.node.args, **site.node.kwargs).arguments)
 
 
 def packed_tensors(graph: Graph, site: Site) -> dict[str, Tensor]:
     """The packed weight of ``site``, by suffix."""
-    name = weight_name(site)
-    return {tensor.removeprefix(f"{name}."): graph.tensor(tensor) for tensor in site.tensors()}
+    nodes = {suffix: arg for suffix, arg in arguments(site).items() if isinstance(arg, fx.Node)}
+    return {suffix: evaluate_constant(graph, node) for suffix, node in nodes.items()}
 
 
 def format_of(site: Site) -> Format:
     """The format that ``site`` unpacks."""
     if site.op == "qc.dequantize_int8":
         return Int8()
+    if site.op in ("qc.dequantize_lut", "qc.fake_quantize_lut"):
+        given = arguments(site)
+        return Lut.of({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in given.items()}, site.value)
     kind = site.node.args[2]
     assert kind in ("nf4", "fp4"), f"{site.name} unpacks {kind}"
     block = 2 * int(site.input(0).meta["val"].shape[1]) // int(site.input(1).meta["val"].shape[1])
@@ -67,15 +90,18 @@ def store_packed(
     info = graph.info(name)
     readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name]
     first = next(n for n in graph.module.graph.nodes if any(arg in readers for arg in n.all_input_nodes))
-    _stand_in(readers, f"{name}.indices")
+    _stand_in(readers, f"{name}.{next(iter(packed))}")
     graph.remove_tensor(name)
     nodes = {}
     for suffix, value in packed.items():
         aliases = tuple(f"{alias}.{suffix}" for alias in info.aliases)
-        side = replace(info, kind="buffer", trainable=False, group=None, pinned=True, aliases=aliases)
-        nodes[suffix] = graph.add_tensor(f"{name}.{suffix}", value, before=first, info=side)
+        side = replace(info, trainable=False, group=None, aliases=aliases)
+        if suffix != "latent":
+            side = replace(side, kind="parameter" if suffix in form.parameters else "buffer", pinned=True)
+        nodes[suffix] = graph.add_tensor(f"{name}.{suffix}", value.contiguous(), before=first, info=side)
     target, args, kwargs = form.call(nodes, compute_dtype or graph.dtype)
-    dense = view = graph.insert(target, *args, name=f"{name}/dequantize", before=first, role=info.role, **kwargs)
+    what = "fake_quantize" if "latent" in packed else "dequantize"
+    dense = view = graph.insert(target, *args, name=f"{name}/{what}", before=first, role=info.role, **kwargs)
     if compute_dtype is not None:
         view = graph.insert("aten.to.dtype", dense, graph.dtype, name=f"{name}/cast", before=first, role=info.role)
     set_tag(view, model_dtype=True)
@@ -98,7 +124,7 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
     """
     name, node, info = weight_name(site), site.node, graph.info(str(site.input(0).target))
     follows = bool(tag(node, "model_dtype", False))
-    aliases = tuple(alias.removesuffix(".indices") for alias in info.aliases)
+    aliases = tuple(map(_bare, info.aliases))
     sides, reader, users = site.tensors(), site.input(0), list(node.users)
     node.replace_all_uses_with(reader)
     graph.module.graph.erase_node(node)
@@ -108,7 +134,8 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
         graph.remove_tensor(side)
     graph.module.delete_submodule(name)  # the empty place of the side tensors; a parameter cannot share its name
     dtype = site.value.dtype
-    dense = replace(info, kind="parameter", pinned=not (follows and value.dtype == dtype), aliases=aliases)
+    pinned = not (follows and value.dtype == dtype)
+    dense = replace(info, kind="parameter", trainable=False, group=None, pinned=pinned, aliases=aliases)
     first = next(n for n in graph.module.graph.nodes if n in users)
     view = graph.add_tensor(name, value, before=first, info=dense)
     if value.dtype != dtype:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from graph import Graph, Selector
-from graph.formats import Int8, store_packed
+from graph import Graph, Selector, Site
+from graph.formats import Int8, make_format, store_packed
 from passes.base import Report
 from passes.dequantize import Dequantize
 from passes.quantize_base import QuantizeBase
@@ -33,6 +33,7 @@ from tests.passes.sabotage import (
 )
 
 NF4, INT8 = QuantizeBase(), QuantizeBase(scheme="int8")
+FOUR_BIT = make_format("nf4")
 pack = Int8.pack
 
 
@@ -111,27 +112,27 @@ def weight_of_another_site_read(graph: Graph) -> None:
 @fault(NF4, site=EMBED)
 def site_that_was_not_selected_rewritten(graph: Graph) -> tuple[str, ...]:
     name = f"{EMBED}.weight"
-    store_packed(graph, name, NF4.form, NF4.form.pack(graph.tensor(name)))
+    store_packed(graph, name, FOUR_BIT, FOUR_BIT.pack(graph.tensor(name)))
     return (*selected(graph), EMBED, HEAD)
 
 
 @fault(QuantizeBase(select=Selector(role="mlp.up")), site=K)
 def rewritten_without_a_report(graph: Graph) -> None:
-    store_packed(graph, f"{K}.weight", NF4.form, NF4.form.pack(graph.tensor(f"{K}.weight")))
+    store_packed(graph, f"{K}.weight", FOUR_BIT, FOUR_BIT.pack(graph.tensor(f"{K}.weight")))
 
 
 def selected(graph: Graph) -> tuple[str, ...]:
     return tuple(site.name for site in graph.sites("aten.linear") if site.role.startswith(("attn", "mlp")))
 
 
-def all_but_one(self: QuantizeBase, graph: Graph, weight: str, site: str, figures: Any) -> None:
-    if site != V:
+def all_but_one(self: QuantizeBase, graph: Graph, weight: str, site: Site, figures: Any) -> None:
+    if site.name != V:
         honest(self, graph, weight, site, figures)
 
 
-def transposed(self: QuantizeBase, graph: Graph, weight: str, site: str, figures: Any) -> None:
+def transposed(self: QuantizeBase, graph: Graph, weight: str, site: Site, figures: Any) -> None:
     w = graph.tensor(weight)
-    store_packed(graph, weight, self.form, self.form.pack(w.t().contiguous() if w.shape[0] == w.shape[1] else w))
+    store_packed(graph, weight, FOUR_BIT, FOUR_BIT.pack(w.t().contiguous() if w.shape[0] == w.shape[1] else w))
 
 
 honest, PACK = QuantizeBase._pack, "passes.quantize_base.QuantizeBase._pack"
@@ -220,6 +221,6 @@ replaced("rounded where it lies", Snap(), EMBED, "passes.snap.Snap._round", in_p
 
 @missed(NF4, why="the weight stays within half a step of its levels, which is all that packing promises")
 def packed_from_weights_rounded_to_fp16(graph: Graph) -> None:
-    packed = NF4.form.pack(captured("qwen").tensor(f"{UP}.weight").half().float())
+    packed = FOUR_BIT.pack(captured("qwen").tensor(f"{UP}.weight").half().float())
     for suffix, value in packed.items():
         graph.set_tensor(f"{UP}.weight.{suffix}", value)
