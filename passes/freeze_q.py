@@ -1,0 +1,47 @@
+"""Freeze the indices of latent LUT weights.
+
+    before    W/fake_quantize = qc.fake_quantize_lut(W.latent, W.lut, model, scale_a=…, scale_b=…, floor=1e-08)
+    after     W/dequantize = qc.dequantize_lut(W.indices, W.lut, 1024, model, scale_a=…, scale_b=…, floor=1e-08)
+
+The float weights are dropped. Every value stays the same; from here on only levels and scales can move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from graph import Graph
+from graph.formats import Lut, format_of, packed_tensors, weight_name
+from graph.formats.lut_convert import freeze_indices
+from graph.formats.repack import repack
+from passes.base import Exact, Pass, Report
+
+SCALES = ("scale", "scale_a", "scale_b", "scale_g")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeQ(Pass):
+    """Keep of each selected latent weight the indices that it has now."""
+
+    contract = Exact()
+    ops = ("qc.fake_quantize_lut",)
+    idempotent = False  # a second run has nothing to select, and says so
+
+    train: Literal["scales", "none"] = "scales"
+    """What of them trains from now on, as the group of that name: the scales, or nothing."""
+
+    def run(self, graph: Graph) -> Report:
+        """Pack the indices of one weight after the other."""
+        changed, weights = [], 0
+        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
+            form, name = format_of(site), weight_name(site)
+            assert isinstance(form, Lut), f"{site.name} is no LUT weight"
+            made = freeze_indices(form, packed_tensors(graph, site))
+            changed += repack(graph, site, made.form, made.packed)
+            weights += 1
+            for suffix in made.packed:
+                trains = self.train == "scales" and suffix in SCALES
+                if suffix != "indices":
+                    graph.set_info(f"{name}.{suffix}", trainable=trains, group="scales" if trains else None)
+        return Report(tuple(changed), {"weights": weights})
