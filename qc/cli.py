@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The recipes that come with qc.")
 app.add_typer(recipes_app, name="recipes")
+cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="What is worked out once and kept on disk.")
+app.add_typer(cache_app, name="cache")
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 RunArg = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder; without it, the latest run.")]
@@ -198,6 +200,27 @@ def schema() -> None:
     from recipes.shipped import FOLDER
 
     sys.stdout.write((FOLDER / "schema.json").read_text())
+
+
+@cache_app.command(name="teacher")
+def cache_teacher(
+    recipe: RecipeArg,
+    set: Set = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove what the folder's cache holds and begin anew.")
+    ] = False,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
+    """Write what the model says of some text, for students that train with the objective kd-cache.
+
+    The section cache: of the recipe says of what text, and how many of the likeliest tokens are kept of every
+    position. The size is told before it begins. What was killed goes on where it was; what is whole is checked and
+    stays. The folder it prints is what kd-cache: {cache: FOLDER} takes; the recipe itself will do as well.
+    """
+    from qc.commands import cache_teacher_command
+
+    cache_teacher_command(recipe, set or [], force, runs, json)
 
 
 @recipes_app.command(name="list")

@@ -253,3 +253,15 @@ def verify_command(exported: Path, artifact: str | None, runs: Path, as_json: bo
 
         found = verify_export(exported, artifact, runs)
         result(found, as_json, lambda: str(found["text"]))
+
+
+def cache_teacher_command(source: str, overrides: list[str], force: bool, runs: Path, as_json: bool) -> None:
+    """``qc cache teacher``."""
+    with explained(as_json):
+        from recipes.load import load
+
+        recipe = load(source, overrides)
+        from qc.caching import make_cache, said
+
+        made = make_cache(recipe, runs, force=force, tell=tell)
+        result(said(made), as_json, lambda: str(made.folder))

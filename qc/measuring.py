@@ -56,7 +56,7 @@ def held_out_batches(recipe: Recipe, wanted: Evaluate, tokenizer: Any, cache: Pa
     trained = next((s.train for s in recipe.plan() if s.train is not None), None)
     data: Data | None = wanted.data
     if data is None and trained is not None:
-        data = trained.eval_data or trained.data
+        data = trained.eval_data or trained.data or (recipe.cache.data if recipe.cache is not None else None)
     if data is None:
         raise QcError(
             "evaluate has no data",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graph.artifact import load_tokenizer
+from qc.caching import make_cache
 from qc.compiling import compile_stage
 from qc.console import size, table
 from qc.exporting import export_stage
@@ -25,6 +26,8 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
     """Every stage in order: passes, training, figures, gates, exports."""
     began = time.perf_counter()
     artifact: Path | None = None
+    if recipe.cache is not None:
+        make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
         if artifact is None and stage.evaluate is not None:
             _measure_start(run, recipe, stage.evaluate, tell)

@@ -11,6 +11,7 @@ from typing import Any
 
 from graph.artifact import load, save
 from graph.errors import QcError
+from qc.caching import with_cache
 from qc.compiling import stage_name, step_name, versions
 from qc.runs import Run
 from recipes.schema import Recipe, Stage
@@ -32,8 +33,9 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     start = time.perf_counter()
     graph = compiled.graph.materialize()
     teacher = start_of(str(recipe.model), compiled.graph.dtype) if stage.train.objective.name == "kd" else None
+    settings = with_cache(stage.train, recipe, run.folder.parent.parent, tell)
     report = train(
-        graph, stage.train, tokenizer=compiled.load_tokenizer(), folder=folder / "train", teacher=teacher,
+        graph, settings, tokenizer=compiled.load_tokenizer(), folder=folder / "train", teacher=teacher,
         seed=recipe.seed, resolved=recipe.resolved(), root=recipe.file.parent,
         cache=run.folder.parent.parent / ".cache" / "tokens",
     )  # fmt: skip

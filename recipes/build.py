@@ -18,13 +18,13 @@ from recipes.settings import Export, Gate
 from recipes.shorthand import workers
 from recipes.steps import Steps, check_order
 from recipes.words import said
-from runtimes.settings import Evaluate, Train
+from runtimes.settings import Cache, Evaluate, Train
 
 T = TypeVar("T")
 
 HEADER = [field.name for field in fields(Header)]
 WORK = [field.name for field in fields(Work)]
-KEYS = [*HEADER, *WORK, "stages"]
+KEYS = [*HEADER, *WORK, "cache", "stages"]
 
 
 def build(root: Node, file: Path, mistakes: Mistakes) -> Recipe:
@@ -40,7 +40,8 @@ def build(root: Node, file: Path, mistakes: Mistakes) -> Recipe:
         what = f"the recipe cannot be called {said(header.name)}"
         mistakes.add(root.map["name"].place, what, "write a name that a folder can have, without /")
     values = {key: getattr(header, key) for key in HEADER}
-    return Recipe(**{**values, **work, "name": header.name or file.stem}, stages=stages, file=file)
+    cache = reader.one(Cache, root, "cache")
+    return Recipe(**{**values, **work, "name": header.name or file.stem}, cache=cache, stages=stages, file=file)
 
 
 def _check_keys(node: Node, known: Sequence[str], where: str, mistakes: Mistakes) -> None:
@@ -98,13 +99,15 @@ class _Reader:
 
     def work(self, node: Node) -> dict[str, Any]:
         """The fields of Work that a stage, or the recipe itself, has."""
+        checks.check_data(node, self.mistakes)
         train = self.one(Train, node, "train")
         evaluate = self.one(Evaluate, node, "evaluate")
         if train:
             checks.check_train(train, node.map["train"], self.mistakes)
+            checks.check_cached(train, node.map["train"], self.root.map.get("cache"), self.mistakes)
         self.check_groups(node)
         checks.check_models(node, self.root.map.get("models"), self.mistakes)
-        checks.check_evaluate(node, self.mistakes)
+        checks.check_evaluate(node, self.root.map.get("cache"), self.mistakes)
         gates = self.many(Gate, node, "require", "gate")
         for gate, at in gates:
             checks.check_gate(gate, at, self.mistakes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from recipes.document import Node
 from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
-from recipes.mistakes import Mistakes, suggest
+from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import Gate
-from runtimes.settings import Evaluate, Group, Train
+from runtimes.settings import Evaluate, Group, KdCache, Train
 
 COMPARED = ("<", "<=", ">", ">=", "==")
 
@@ -21,6 +22,50 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
         mistakes.add(node.map["lr"].key, "train has both lr and groups", "keep one; every group has its own lr")
     for name, group in (train.groups or {}).items():
         _check_group(name, group, train.steps, node.map["groups"].map[name], mistakes)
+
+
+def check_data(work: Node, mistakes: Mistakes) -> None:
+    """A training has data, unless its objective takes the text from a cache."""
+    train = work.map.get("train")
+    if train is None or not train.map or _is_cached(train):
+        return
+    data = train.map.get("data")
+    known = {field.name for field in fields(Train)}
+    typo = any(nearest(key, ["data"]) for key in train.map if key not in known)
+    if not typo and (data is None or (data.value is None and not data.bad)):
+        mistakes.lack(train.place, "train has no 'data', which it needs", "add data: to train")
+
+
+def check_cached(train: Train, node: Node, cache: Node | None, mistakes: Mistakes) -> None:
+    """With kd-cache the text comes from a cache, and there is one."""
+    if not isinstance(train.objective, KdCache):
+        return
+    for key in ("eval_data", "length", "packing"):
+        if key in node.map and node.map[key].value is not None:
+            what = f"train has {key}, but with kd-cache the sequences are those of the cache"
+            mistakes.add(node.map[key].key, what, f"take {key} out; the cache was made with its own")
+    _check_anneal(train.objective, train.steps, node.map["objective"], mistakes)
+    named = node.map["objective"].map.get("cache")
+    if named is not None and named.value is not None:
+        return
+    if cache is None or cache.value is None:
+        what = "kd-cache names no cache, and the recipe makes none"
+        mistakes.lack(node.map["objective"].key, what, "add cache: to kd-cache, or a section cache: to the recipe")
+    elif "data" in cache.map and "data" in node.map and node.map["data"].plain() != cache.map["data"].plain():
+        what = "train.data is not what the cache is made of"
+        mistakes.add(node.map["data"].key, what, "take data out of train: the cache has the text")
+
+
+def _check_anneal(objective: KdCache, steps: int, node: Node, mistakes: Mistakes) -> None:
+    if not objective.anneal:
+        return
+    anneal = node.map["anneal"]
+    if not (objective.hard_top1 or objective.hard_full or objective.hard_text):
+        what = "train.objective.anneal has nothing to fade: no hard term has a weight"
+        mistakes.add(anneal.key, what, "give hard_top1, hard_full or hard_text a weight, or take anneal out")
+    elif objective.anneal_steps(steps) > steps:
+        what = f"train.objective.anneal is {objective.anneal:g} steps, but training has {steps}"
+        mistakes.add(anneal.place, what, f"write at most {steps}, or a fraction such as 0.5")
 
 
 def _check_group(name: str, group: Group, steps: int, node: Node, mistakes: Mistakes) -> None:
@@ -54,14 +99,22 @@ def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
             mistakes.add(on.place, f"no model is called {on.value!r}", suggest(on.value, known, "the models are"))
 
 
-def check_evaluate(work: Node, mistakes: Mistakes) -> None:
-    """An evaluation has data: its own, or that of training."""
+def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
+    """An evaluation has data: its own, or that of training or of the recipe's cache."""
     evaluate = work.map.get("evaluate")
-    trained = "train" in work.map and work.map["train"].value is not None
-    if evaluate is not None and evaluate.map and "data" not in evaluate.map and not trained:
-        mistakes.lack(
-            evaluate.key, "evaluate has no data, and there is no training to take it from", "add data: to evaluate"
-        )
+    if evaluate is None or not evaluate.map or "data" in evaluate.map:
+        return
+    if not _has(work, "train"):
+        what = "evaluate has no data, and there is no training to take it from"
+        mistakes.lack(evaluate.key, what, "add data: to evaluate")
+    elif _is_cached(work.map["train"]) and "data" not in work.map["train"].map and not (cache and "data" in cache.map):
+        what = "evaluate has no data, and the training takes its own from a cache"
+        mistakes.lack(evaluate.key, what, "add data: to evaluate")
+
+
+def _is_cached(train: Node) -> bool:
+    objective = train.map.get("objective")
+    return objective is not None and "name" in objective.map and objective.map["name"].value == "kd-cache"
 
 
 def check_gate(gate: Gate, node: Node, mistakes: Mistakes) -> None:

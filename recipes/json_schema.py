@@ -17,12 +17,14 @@ from recipes.schema import Header, PassStep, Recipe, Stage, Work
 from recipes.section import adapter
 from recipes.settings import Export, Gate
 from recipes.shorthand import NAMED_SOURCES
-from runtimes.settings import Evaluate, PythonStdlib, Train
+from runtimes.settings import Cache, Evaluate, PythonStdlib, Train
 
 FILE = Path(__file__).parent / "schema.json"
 Schema = dict[str, Any]
 
 SECTIONS: dict[str, type[Any]] = {"train": Train, "evaluate": Evaluate, "require": Gate, "export": Export}
+CACHED = "kd-cache"
+"""The objective that needs no ``data``: its cache has the text."""
 
 NEEDED = ("Gate", "Export", "Model", "JsonLines", "HubDataset", "TextFiles")
 """Kinds whose required keys the schema asks for; the others can get theirs from a file they extend."""
@@ -36,7 +38,7 @@ def json_schema(passes: Sequence[str]) -> Schema:
     """The schema of a recipe that may use ``passes``."""
     kinds = {name: registry.find(name) for name in passes}
     defs: Schema = {}
-    for kind in (Header, *SECTIONS.values(), *kinds.values()):
+    for kind in (Header, Cache, *SECTIONS.values(), *kinds.values()):
         _define(kind, defs)
     header = defs.pop("Header")["properties"]
     work = {key: _section(key, kind.__name__, defs) for key, kind in SECTIONS.items()}
@@ -45,7 +47,9 @@ def json_schema(passes: Sequence[str]) -> Schema:
     name = _described({"type": "string"}, Stage, "name")
     defs["Stage"] = _map({"name": name, "include": INCLUDE, **work}, summary(Stage), required=["name"])
     stages = _described({"type": ["array", "null"], "items": _ref("Stage")}, Recipe, "stages")
-    top = {**header, **work, "stages": stages, "extends": EXTENDS, "include": INCLUDE}
+    defs["Cache"]["properties"]["include"] = INCLUDE
+    cache = _described({"anyOf": [_ref("Cache"), {"type": "null"}]}, Recipe, "cache")
+    top = {**header, **work, "cache": cache, "stages": stages, "extends": EXTENDS, "include": INCLUDE}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "qc recipe",
@@ -112,7 +116,7 @@ def _write_short_forms(defs: Schema) -> None:
     long = objective.pop("oneOf")
     objective.pop("default")
     objective["anyOf"] = [{"enum": list(OBJECTIVES)}, short, *long]
-    for section in ("Train", "Evaluate"):
+    for section in ("Train", "Evaluate", "Cache"):
         for key in ("data", "eval_data"):
             if key in defs[section]["properties"]:
                 data = defs[section]["properties"][key]
@@ -123,7 +127,14 @@ def _write_short_forms(defs: Schema) -> None:
 def _needed_alone() -> Schema:
     """What a recipe needs that is built on no other."""
     alone = {"not": {"anyOf": [{"required": ["extends"]}, {"required": ["include"]}]}}
-    train = {"if": {"type": "object", "not": {"required": ["include"]}}, "then": {"required": ["data", "steps"]}}
+    named = {"anyOf": [{"required": [CACHED]}, {"required": ["name"], "properties": {"name": {"const": CACHED}}}]}
+    cached = {"anyOf": [{"const": CACHED}, {"type": "object", **named}]}
+    with_data = {
+        "required": ["steps"],
+        "if": {"required": ["objective"], "properties": {"objective": cached}},
+        "else": {"required": ["data"]},
+    }
+    train = {"if": {"type": "object", "not": {"required": ["include"]}}, "then": with_data}
     model = {"anyOf": [{"required": ["model"]}, {"required": ["models"]}]}
     return {"if": alone, "then": {**model, "properties": {"train": train}}}
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from types import GenericAlias
 from typing import Annotated, Any, Union
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from graph.select import Selector
 from recipes.kinds import hints
@@ -26,7 +26,7 @@ SOURCES: dict[str, type[Any]] = {
 }
 """The key that tells a source of data from the others; the first of them that is there decides."""
 
-OBJECTIVES: dict[str, type[Any]] = {"causal-lm": settings.CausalLm, "kd": settings.Kd}
+OBJECTIVES: dict[str, type[Any]] = {"causal-lm": settings.CausalLm, "kd": settings.Kd, "kd-cache": settings.KdCache}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,12 @@ _twin(settings.JsonLines, jsonl=Globs, **_COLUMNS)
 _twin(settings.HubDataset, hf=Text, split=Text, **_COLUMNS)
 _twin(settings.CausalLm)
 _twin(settings.Kd, temperature=Positive, alpha=Ratio)
+_twin(
+    settings.KdCache,
+    cache=Text | None,
+    temperature=Positive,
+    **dict.fromkeys(("hard_top1", "hard_full", "hard_text", "anneal"), NotNegative),
+)
 _GROUP = _twin(
     settings.Group,
     select=TensorSelector | None,
@@ -94,7 +100,7 @@ _DATA = _any_of(SOURCES, _source_of)
 _twin(
     settings.Train,
     objective=_any_of(OBJECTIVES, _objective_of),
-    data=_DATA,
+    data=_DATA | None,
     eval_data=_DATA | None,
     lr=Positive | None,
     groups=GenericAlias(dict, (str, _GROUP)) | None,
@@ -103,6 +109,15 @@ _twin(
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),
+)
+_twin(
+    settings.Cache,
+    data=_DATA,
+    length=Annotated[int, Field(ge=2, le=2**31 - 1)],
+    seed=Seed | None,
+    out=Text | None,
+    **dict.fromkeys(("sequences", "topk", "batch", "shard"), Count),
+    **dict.fromkeys(("heldout", "negatives"), Natural),
 )
 _twin(
     settings.Evaluate,

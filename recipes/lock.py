@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 if TYPE_CHECKING:
     from recipes.schema import PassStep, Recipe
 
-PATH_KEYS = ("model", "text", "jsonl", "hf")
+PATH_KEYS = ("model", "text", "jsonl", "hf", "cache")
 """Keys whose values may be files: absolute once read, relative to the recipe once written."""
 
 

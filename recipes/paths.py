@@ -7,9 +7,10 @@ import os
 import re
 from pathlib import Path
 
+from recipes import files
 from recipes.document import Node
 from recipes.mistakes import Mistakes, nearest
-from recipes.shorthand import data_nodes
+from recipes.shorthand import data_nodes, workers
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SHIPPED_MODEL = "seedling"
@@ -31,6 +32,10 @@ def resolve(root: Node, mistakes: Mistakes) -> None:
                     _glob(node, f"{named}.{key}", mistakes)
         if "hf" in data.map:
             _dataset(data.map["hf"], f"{named}.hf", mistakes)
+    for work in workers(root):
+        train = work.map.get("train")
+        if train is not None and "objective" in train.map and "cache" in train.map["objective"].map:
+            _cache(train.map["objective"].map["cache"], mistakes)
 
 
 def resolve_option(node: Node, named: str, mistakes: Mistakes) -> None:
@@ -87,6 +92,24 @@ def _dataset(node: Node, named: str, mistakes: Mistakes) -> None:
     elif text[0] in "./~" or not HUB_NAME.fullmatch(text):
         node.value = str(path)
         mistakes.add(node.place, f"{named}: there is no folder {text!r}", _near(text, path, node, hub=False))
+
+
+def _cache(node: Node, mistakes: Mistakes) -> None:
+    """A folder that ``qc cache teacher`` wrote, or the recipe of one, which may be a shipped one."""
+    text = node.value
+    if not isinstance(text, str) or not text:
+        return
+    path, _ = files.find(text, node.place.folder)
+    path = Path(os.path.abspath(path))
+    node.value = str(path)
+    if not path.exists():
+        near = _near(text, path, node, hub=False)
+        fix = f"{near} Or run" if near.endswith("?") else f"{near}, or run"
+        what = f"train.objective.kd-cache.cache: there is no {text!r}"
+        mistakes.add(node.place, what, f"{fix} qc cache teacher first")
+    elif path.is_dir() and not (path / "meta.json").is_file():
+        what = f"train.objective.kd-cache.cache: the folder {text!r} is no cache"
+        mistakes.add(node.place, what, "name a folder that qc cache teacher wrote, or the recipe that makes it")
 
 
 def _absolute(text: str, node: Node) -> Path:

@@ -12,7 +12,7 @@ from graph.errors import QcError
 from recipes.lock import digest, explicit
 from recipes.numbers import Seed, Text
 from recipes.settings import Export, Gate, Probe
-from runtimes.settings import Evaluate, Train
+from runtimes.settings import Cache, Evaluate, Train
 
 if TYPE_CHECKING:
     from passes.base import Pass
@@ -111,6 +111,9 @@ class Recipe(Work, Header):
 
     name: str
     """What runs are called."""
+
+    cache: Cache | None = None
+    """What the model says of some text, for the objective kd-cache; ``qc cache teacher`` writes it."""
 
     stages: tuple[Stage, ...] = ()
     """Several steps one after the other, instead of passes, train, evaluate, require and export."""

@@ -23,7 +23,7 @@ def workers(root: Node) -> Iterator[Node]:
 def data_nodes(root: Node) -> Iterator[tuple[str, Node]]:
     """Every description of data, and what to call it."""
     for work in workers(root):
-        for section, key in (("train", "data"), ("train", "eval_data"), ("evaluate", "data")):
+        for section, key in (("train", "data"), ("train", "eval_data"), ("evaluate", "data"), ("cache", "data")):
             if section in work.map and key in work.map[section].map:
                 yield f"{section}.{key}", work.map[section].map[key]
 
@@ -72,7 +72,7 @@ def _objective(node: Node, mistakes: Mistakes) -> None:
         name, options = Node(node.value, node.place, node.key), None
     if not isinstance(name.value, str) or name.value not in OBJECTIVES:
         near = nearest(str(name.value), OBJECTIVES) if isinstance(name.value, str) else None
-        fix = f"did you mean {near!r}?" if near else f"write {' or '.join(OBJECTIVES)}, or {{kd: {{temperature: 2.0}}}}"
+        fix = f"did you mean {near!r}?" if near else f"write {', '.join(OBJECTIVES)}, or {{kd: {{temperature: 2.0}}}}"
         mistakes.add(name.place, f"train.objective cannot be {said(name.value)}", fix)
         node.bad, node.value = True, {"name": Node("causal-lm", node.place, node.key)}
     elif "name" not in node.map:

@@ -52,6 +52,7 @@ HOMES: dict[str, type[Any]] = {
     "evaluate": runtime.Evaluate,
     "a gate under require": settings.Gate,
     "an export": settings.Export,
+    "cache": runtime.Cache,
 }
 
 

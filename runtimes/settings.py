@@ -9,68 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from runtimes.data_settings import Columns as Columns
+from runtimes.data_settings import Data as Data
+from runtimes.data_settings import Globs as Globs
+from runtimes.data_settings import HubDataset as HubDataset
+from runtimes.data_settings import JsonLines as JsonLines
+from runtimes.data_settings import PythonStdlib as PythonStdlib
+from runtimes.data_settings import TextFiles as TextFiles
+
 if TYPE_CHECKING:
     from graph.select import Selector
-
-Globs: TypeAlias = str | tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PythonStdlib:
-    """The source of Python's standard library, read from the running interpreter."""
-
-    source: Literal["python-stdlib"] = "python-stdlib"
-    """The name of a source that needs no address."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFiles:
-    """Text files, each a document."""
-
-    text: Globs
-    """Globs over text files; ``**`` crosses folders."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Where the text of a row is: one column, a pair of prompt and response, or a chat."""
-
-    text: str | None = None
-    """Column with plain text. If no column is named: ``text``, ``messages``, or ``prompt`` and ``response``."""
-
-    prompt: str | None = None
-    """Column with what is asked; not trained on."""
-
-    response: str | None = None
-    """Column with what is answered; goes with ``prompt`` and follows it as it is written, nothing between them."""
-
-    messages: str | None = None
-    """Column with a chat, a list of ``{role, content}``; written out by the model's chat template."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonLines(Columns):
-    """Files with one JSON object a line."""
-
-    jsonl: Globs
-    """Globs over .jsonl files; ``**`` crosses folders."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubDataset(Columns):
-    """A dataset of the Hugging Face hub, or a local folder of one."""
-
-    hf: str
-    """``org/name`` on the hub, or a folder."""
-
-    split: str = "train"
-    """Split, slices allowed: ``train[:1%]``."""
-
-    config: str | None = None
-    """Configuration of the dataset, where it has several."""
-
-
-Data: TypeAlias = PythonStdlib | TextFiles | JsonLines | HubDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +43,40 @@ class Kd:
     """Weight of the teacher, 0 to 1; the rest is the cross entropy of the text."""
 
 
-Objective: TypeAlias = CausalLm | Kd
+@dataclass(frozen=True, kw_only=True)
+class KdCache:
+    """What a teacher said, from a cache on disk: the teacher itself does not run. The term ``kl`` is always on."""
+
+    name: Literal["kd-cache"] = "kd-cache"
+    """The objective."""
+
+    cache: str | None = None
+    """Folder of a cache, or the recipe that makes it; without it, the recipe's own ``cache:``."""
+
+    temperature: float = 2.0
+    """Divides the logits of both in kl; above 1 the unlikely tokens count more."""
+
+    tail: bool = False
+    """In kl, all other tokens are one more class; costs as much as hard_full."""
+
+    hard_top1: float = 0.0
+    """Weight of the teacher's likeliest token, by cross entropy among the candidates."""
+
+    hard_full: float = 0.0
+    """Weight of the teacher's likeliest token, by cross entropy in the full vocabulary."""
+
+    hard_text: float = 0.0
+    """Weight of the text's own next token, by cross entropy in the full vocabulary."""
+
+    anneal: float = 0
+    """Optimizer steps over which the hard weights fall to 0; below 1, a fraction of all steps; 0 keeps them."""
+
+    def anneal_steps(self, steps: int) -> int:
+        """The steps over which the hard weights fall, in a training of ``steps`` steps; 0 if they stay."""
+        return round(self.anneal * steps) if self.anneal < 1 else int(self.anneal)
+
+
+Objective: TypeAlias = CausalLm | Kd | KdCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +121,10 @@ class Train:
     """How what is trainable is trained."""
 
     objective: Objective = CausalLm()
-    """What is minimised: causal-lm, or kd, or ``kd: {temperature: 2.0}``."""
+    """What is minimised: causal-lm, kd or kd-cache, or ``kd: {temperature: 2.0}``."""
 
-    data: Data
-    """What is trained on."""
+    data: Data | None = None
+    """What is trained on. With kd-cache it is not needed: the cache has the text."""
 
     eval_data: Data | None = None
     """What is evaluated on meanwhile; without it, a held-out part of ``data``."""
@@ -211,6 +192,47 @@ class Train:
             return self.groups
         assert self.lr is not None, "a training has either lr or groups"
         return {"all": Group(lr=self.lr)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What the model, as the teacher, says of some text: written once by ``qc cache teacher``, for kd-cache."""
+
+    data: Data
+    """Where the sequences come from."""
+
+    sequences: int
+    """Sequences to train on."""
+
+    heldout: int = 64
+    """Sequences to evaluate on, from documents held out; fewer, if there are no more."""
+
+    length: int = 128
+    """Tokens per sequence."""
+
+    packing: bool = True
+    """Fill every sequence with several texts; otherwise pad."""
+
+    thinking: Literal["with", "without", "both"] | None = None
+    """Chats with their thoughts, without, or in turn; for templates that know ``enable_thinking``."""
+
+    topk: int = 64
+    """The likeliest tokens that are kept of every position."""
+
+    negatives: int = 0
+    """Other tokens that are kept beside them, drawn evenly."""
+
+    batch: int = 8
+    """Sequences per forward pass."""
+
+    shard: int = 256
+    """Sequences per file."""
+
+    seed: int | None = None
+    """Seed of sequences and negatives; without it, the recipe's."""
+
+    out: str | None = None
+    """Folder to write, relative to the current one; without it, one under the runs, named by its content."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,8 +95,18 @@ class Rows:
                 at = stop
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
+    @property
+    def key(self) -> str:
+        """The sha256 of what the rows were made from."""
+        return self.tokens.key
+
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        return _random(self.seed, epoch + 1).permutation(len(self))
+        return order_of_epoch(self.seed, epoch, len(self))
+
+
+def order_of_epoch(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """The order in which an epoch reads ``rows`` rows."""
+    return _random(seed, epoch + 1).permutation(rows)
 
 
 def _random(seed: int, stream: int) -> np.random.Generator:

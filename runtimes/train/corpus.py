@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graph.errors import QcError
 from runtimes.data import Corpus, Rows
 from runtimes.data.corpus import Split
-from runtimes.settings import PythonStdlib, Train
+from runtimes.distill.reader import TaughtRows
+from runtimes.settings import KdCache, PythonStdlib, Train
+from runtimes.train.cached import open_cache
 
 NOTHING_HELD_OUT = "not evaluated: the data is a single document, so none can be held out; give eval_data"
 
@@ -17,13 +20,15 @@ NOTHING_HELD_OUT = "not evaluated: the data is a single document, so none can be
 class Text:
     """What a training reads."""
 
-    training: Rows
-    evaluation: Rows | None
+    training: Rows | TaughtRows
+    evaluation: Rows | TaughtRows | None
     notes: tuple[str, ...]
 
 
 def open_text(settings: Train, *, tokenizer: Any, root: Path, cache: Path, seed: int, processes: int) -> Text:
     """Open the data; only as many documents are tokenized as ``processes`` processes will read."""
+    if isinstance(settings.objective, KdCache):
+        return Text(*open_cache(settings, settings.objective, tokenizer=tokenizer, root=root, seed=seed))
     corpus, other, split, eval_split = _sources(settings, root)
     reserved = other.split(eval_split)
     same: dict[str, Any] = {
@@ -48,6 +53,8 @@ def _sources(settings: Train, root: Path) -> tuple[Corpus, Corpus, Split, Split]
     Given the same data for both, or none to evaluate on, a part is held out; of two different ones all is used. The
     standard library is always split, so that what the shipped model has never seen stays that way.
     """
+    if settings.data is None:
+        raise QcError("the training has no data", fix="give data: python-stdlib, text:, jsonl: or hf:")
     corpus = Corpus(settings.data, root)
     if settings.eval_data is None or settings.eval_data == settings.data:
         return corpus, corpus, "train", "heldout"

@@ -33,6 +33,7 @@ _FREE_TO_CHANGE = (
 def identity(settings: Train, groups: Sequence[Members], **facts: Any) -> dict[str, Any]:
     """The settings that decide the result, as plain values, and ``facts`` instead of those left out."""
     kept = {key: value for key, value in asdict(settings).items() if key not in _FREE_TO_CHANGE}
+    kept["objective"].pop("cache", None)  # where it lies does not matter; what is in it is among the facts
     kept["groups"] = {member.name: asdict(member.group) for member in groups}
     plain: dict[str, Any] = json.loads(json.dumps(kept | facts, default=str, sort_keys=True))
     return plain

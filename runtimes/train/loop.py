@@ -26,7 +26,7 @@ from runtimes.train.distribute import Processes
 from runtimes.train.groups import members
 from runtimes.train.metrics import Metrics, Row, Trackers, read
 from runtimes.train.progress import Progress, Silent, terminal
-from runtimes.train.report import TrainReport, perplexity
+from runtimes.train.report import TrainReport
 from runtimes.train.student import Student, check
 from runtimes.train.trainer import Trainer
 
@@ -101,7 +101,7 @@ class _Session:
         self.resumed_from = self.state.step
 
     def run(self, resolved: Mapping[str, Any]) -> TrainReport:
-        metrics = Metrics(self.folder, [m.name for m in self.trainer.groups])
+        metrics = Metrics(self.folder, [m.name for m in self.trainer.groups], self.trainer.loss.terms)
         trackers = Trackers(self.processes, self.settings.trackers, self.folder, resolved)
         try:
             if self.processes.main:
@@ -132,15 +132,16 @@ class _Session:
             "tokens": before.tokens + done.tokens,
         }
         row |= {"tokens_per_second": round(done.tokens / took, 1), "grad_norm": done.norms.total}
+        row |= {f"loss/{name}": value for name, value in done.terms.items()}
         row |= {f"lr/{name}": lr for name, lr in done.rates.items()}
         row |= {f"grad_norm/{name}": norm for name, norm in done.norms.groups.items()}
         every = self.settings.eval_every
         due = row["step"] == self.settings.steps or (every and int(row["step"]) % every == 0)
         best = (before.best_step, before.best_loss)
         if due and (evaluated := self.trainer.evaluate()) is not None:
-            row |= {"eval_loss": evaluated, "eval_perplexity": perplexity(evaluated)}
-            if best[1] is None or evaluated < best[1]:
-                best = (int(row["step"]), evaluated)
+            row |= evaluated
+            if best[1] is None or evaluated["eval_loss"] < best[1]:
+                best = (int(row["step"]), evaluated["eval_loss"])
         row["seconds"] = round(before.seconds + time.perf_counter() - began, 3)
         self.state = replace(
             before, step=int(row["step"]), rows=before.rows + done.rows, tokens=before.tokens + done.tokens,

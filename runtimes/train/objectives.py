@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,16 +11,43 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError
 from runtimes.data import Batch
-from runtimes.settings import CausalLm, Kd, Objective
+from runtimes.settings import CausalLm, Kd, KdCache, Objective
+from runtimes.train.cached import CachedDistillation
 from runtimes.train.losses import Distilled, Features, cross_entropy, distillation
 
 
 class Loss(Protocol):
     """An objective, ready to run."""
 
-    def __call__(self, student: Features, batch: Batch) -> Tensor:
-        """The loss of a batch in nats, summed over its labels: fp32 scalar."""
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the parts of the loss that are logged beside it."""
         ...
+
+    def __call__(self, student: Features, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of a batch at optimizer step ``step``, and the terms it has then: fp32 sums over the labels."""
+        ...
+
+    def evaluate(self, student: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss on held-out text, and the cross entropy of the text: both in nats, summed over labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A loss of one term, the same at every step; on held-out text it is the cross entropy that counts."""
+
+    loss: Callable[[Features, Batch], Tensor]
+    terms: tuple[str, ...] = ()
+
+    def __call__(self, student: Features, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of a batch, at whatever step."""
+        return self.loss(student, batch), {}
+
+    def evaluate(self, student: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The cross entropy of the text, twice."""
+        found = next_token(student, batch)
+        return found, found
 
 
 def cut_head(graph: Graph) -> bool:
@@ -69,10 +96,12 @@ class Distillation:
         return distillation(student, batch.labels.flatten(), mix)
 
 
-def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, device: torch.device) -> Loss:
+def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, device: torch.device, steps: int) -> Loss:
     """The loss that ``objective`` asks for; ``teacher`` is a graph of its own and stays as it is."""
     if isinstance(objective, CausalLm):
-        return next_token
+        return Plain(next_token)
+    if isinstance(objective, KdCache):
+        return CachedDistillation(objective, steps)
     if teacher is None:
         raise QcError(
             "the objective kd needs a teacher, and none was given",
@@ -86,4 +115,4 @@ def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, dev
     def run(batch: Batch) -> Features:
         return features(twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask), cut)
 
-    return Distillation(objective, run)
+    return Plain(Distillation(objective, run))

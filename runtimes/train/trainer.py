@@ -21,7 +21,8 @@ from runtimes.train.distribute import Processes, fill, local, whole
 from runtimes.train.gradients import Norms, prepare
 from runtimes.train.groups import Members, memory, optimizer, remember
 from runtimes.train.identity import digest, identity
-from runtimes.train.objectives import loss_of, next_token
+from runtimes.train.objectives import loss_of
+from runtimes.train.report import perplexity
 from runtimes.train.schedules import rate
 from runtimes.train.student import Student
 
@@ -37,6 +38,8 @@ class Step:
     rows: int
     norms: Norms
     rates: Mapping[str, float]
+    terms: Mapping[str, float]
+    """Nats per label of each part of the loss, before its weight."""
 
 
 class Trainer:
@@ -56,7 +59,7 @@ class Trainer:
         self.student, self.settings, self.groups, self.text = student, settings, groups, text
         self.processes, self.seed = processes, seed
         self.start = digest(student.graph, student.parameters)
-        self.loss = loss_of(settings.objective, teacher, student.dtype, processes.device)
+        self.loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
         self.optimizer = optimizer(groups, student.parameters, student.graph, settings.optimizer)
         self.average: dict[str, Tensor] | None = None
         if settings.ema is not None:
@@ -69,24 +72,25 @@ class Trainer:
         batches = self._batches(first_row)
         counts = [(int((b.labels >= 0).sum()), int((b.attention_mask > 0).sum())) for b in batches]
         labels, tokens = self._sum(sum(n for n, _ in counts), sum(n for _, n in counts))
-        total = torch.zeros((), device=self.processes.device)
+        total, terms = torch.zeros((), device=self.processes.device), dict[str, Tensor]()
         scale = self.processes.count / max(labels, 1)  # gradients are averaged over the processes
         for nth, batch in enumerate(batches):
             self._seed(number, nth)
             with self.processes.accumulating(self.student.module, last=nth == len(batches) - 1):
                 here = batch.to(self.processes.device)
-                loss = self.loss(self.student(here, training=True), here)
+                loss, parts = self.loss(self.student(here, training=True), here, number)
                 torch.autograd.backward(loss * scale)
             total += loss.detach()
-        mean = self.processes.sum(total) / max(labels, 1)
-        value, norms = prepare(
-            self._gradients(number), mean, step=number + 1, clip=self.settings.clip, reduce=self.processes.sum_shards
-        )
+            terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
+        means = self.processes.sum(torch.stack([total, *terms.values()])) / max(labels, 1)
+        mean, reduce = means[0], self.processes.sum_shards
+        value, norms = prepare(self._gradients(number), mean, step=number + 1, clip=self.settings.clip, reduce=reduce)
         rates = self._set_rates(number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._follow()
-        return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates)
+        parted = dict(zip(terms, means[1:].tolist(), strict=True))
+        return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates, parted)
 
     def _follow(self) -> None:
         """Move the average a little towards the trained tensors."""
@@ -142,12 +146,12 @@ class Trainer:
     # -- an evaluation ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Cross entropy in nats per label on held-out text, of the average if there is one; None without such text."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Loss in nats per label and perplexity on held-out text, of the average if there is one; None without text."""
         rows = self.text.evaluation
         if rows is None:
             return None
-        size, found = self.settings.batch, torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        size, found = self.settings.batch, torch.zeros(3, dtype=torch.float64, device=self.processes.device)
         with self._averaged():
             for nth in range(self.settings.eval_batches):
                 first = nth * self._rows_a_pass() + self.processes.rank * size
@@ -156,12 +160,12 @@ class Trainer:
                     break
                 batch = rows.batch(numbers or range(1)).to(self.processes.device)
                 if numbers:
-                    found[0] += next_token(self.student(batch, training=False), batch)
-                    found[1] += (batch.labels >= 0).sum()
+                    found[:2] += torch.stack(self.loss.evaluate(self.student(batch, training=False), batch))
+                    found[2] += (batch.labels >= 0).sum()
                 else:  # the shards are gathered by all processes together
                     self.student(batch, training=False)
-        loss, labels = self.processes.sum(found).tolist()
-        return float(loss / max(labels, 1))
+        loss, text, labels = self.processes.sum(found).tolist()
+        return {"eval_loss": loss / max(labels, 1), "eval_perplexity": perplexity(text / max(labels, 1))}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -210,6 +214,6 @@ class Trainer:
             self.groups,
             batch=self._rows_a_pass(),
             seed=self.seed,
-            data=rows.tokens.key,
+            data=rows.key,
             start=self.start,
         )

@@ -24,7 +24,9 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: None) -> Path:
-    """The current folder: a model and a corpus."""
+    """The current folder: a model, a corpus and a teacher's cache."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "meta.json").write_text("{}")
     (tmp_path / "qwen3-tiny").mkdir()
     (tmp_path / "qwen3-tiny" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from graph import Graph, QcError
 from graph.weights import read_header
-from runtimes.data import Corpus
+from runtimes.data import Corpus, Rows
 from runtimes.settings import Group, JsonLines, Kd, TextFiles
 from runtimes.train.checkpoints import load
 from runtimes.train.corpus import Text, open_text
@@ -251,7 +251,7 @@ def test_evaluation_text_is_never_trained_on(tmp_path: Path, monkeypatch: pytest
     for chosen in (settings(data, steps=1), settings(data, steps=1, eval_data=copied)):
         run(tiny_graph(), chosen, tmp_path / str(len(opened)))
         text = opened[-1]
-        assert text.evaluation is not None
+        assert isinstance(text.training, Rows) and isinstance(text.evaluation, Rows)
         train_text, eval_text = (
             {bytes(t.ids[a:b].tobytes()) for a, b in zip(t.starts[:-1], t.starts[1:], strict=True)}
             for t in (text.training.tokens, text.evaluation.tokens)
