@@ -26,10 +26,12 @@ SECTIONS = {
     "Train": "[train](#train)",
     "Group": "[group](#groups)",
     "Evaluate": "[evaluate](#evaluate)",
+    "Cache": "[cache](#cache)",
     "Gate": "[gate](#gates)",
     "Export": "[export](#export)",
     "Stage": "[stage](#stages)",
     "Model": "`{model: …}`",
+    "LutOptions": "[lut](#lut)",
 }
 """What the tables say for a part that has a table of its own."""
 
@@ -68,7 +70,7 @@ def _keys(part: str) -> str:
     """The keys of one part of a recipe."""
     whole = schema()
     properties = whole["properties"] if part == "recipe" else whole["$defs"][part]["properties"]
-    hidden = () if part == "recipe" else ("include", "name") if part == "Kd" else ("include",)
+    hidden = () if part == "recipe" else ("include", "name") if part in ("Kd", "KdCache") else ("include",)
     rows = [_row(key, one, _required(part)) for key, one in properties.items() if key not in hidden]
     return _table(("key", "value", "default", ""), rows)
 
