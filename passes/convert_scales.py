@@ -16,10 +16,8 @@ from typing import Literal
 from graph import Graph, QcError
 from graph.formats import Lut, format_of, packed_tensors, weight_name
 from graph.formats.lut_convert import freeze_indices, with_magnitudes
-from graph.formats.repack import repack
+from graph.formats.repack import repack, train_scales
 from passes.base import Lossy, Pass, Report
-
-SCALES = ("scale_a", "scale_b", "scale_g")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +66,6 @@ class ConvertScales(Pass):
             changed += repack(graph, site, made.form, made.packed)
             errors.append(made.error)
             shares.append(made.not_positive)
-            for suffix in ("lut", *SCALES):
-                trains = self.train == "scales" and suffix in SCALES
-                graph.set_info(f"{name}.{suffix}", trainable=trains, group="scales" if trains else None)
+            train_scales(graph, name, self.train == "scales")
         figures = {"weights": len(errors) - 1, "worst_share_not_positive": max(shares), "worst_error": max(errors)}
         return Report(tuple(changed), dict(figures))

@@ -14,10 +14,8 @@ from typing import Literal
 from graph import Graph
 from graph.formats import Lut, format_of, packed_tensors, weight_name
 from graph.formats.lut_convert import freeze_indices
-from graph.formats.repack import repack
+from graph.formats.repack import repack, train_scales
 from passes.base import Exact, Pass, Report
-
-SCALES = ("scale", "scale_a", "scale_b", "scale_g")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,5 @@ class FreezeQ(Pass):
             made = freeze_indices(form, packed_tensors(graph, site))
             changed += repack(graph, site, made.form, made.packed)
             weights += 1
-            for suffix in made.packed:
-                trains = self.train == "scales" and suffix in SCALES
-                if suffix != "indices":
-                    graph.set_info(f"{name}.{suffix}", trainable=trains, group="scales" if trains else None)
+            train_scales(graph, name, self.train == "scales")
         return Report(tuple(changed), {"weights": weights})

@@ -17,7 +17,7 @@ from graph.formats.fit import row_slices
 from graph.formats.format import has_data
 from graph.formats.low_rank import ROUNDS, Fitted, fit_scales
 from graph.formats.lut_format import Lut
-from graph.formats.lut_scales import not_positive, scale_factors
+from graph.formats.lut_scales import SHORTEST, not_positive, scale_factors
 from graph.formats.lut_weight import LatentWeight, PackedWeight
 from graph.formats.row_scales import LowRankScales
 from graph.formats.scales import expand_rank, normal_form
@@ -66,11 +66,16 @@ def with_magnitudes(form: Lut, packed: Packed, *, refit: bool = True) -> Convert
     old = PackedWeight(packed["indices"], packed["lut"], columns, (a, b), form.floor)
     if has_data(a) and share > 0 and refit:
         a, b = _refitted(old.dense(), look_up(packed["indices"], packed["lut"].float(), columns), a, b)
-    lengths = (a.norm(dim=0).clamp(min=1e-6), b.norm(dim=1).clamp(min=1e-6))
-    sides = {"scale_a": a / lengths[0], "scale_b": b / lengths[1][:, None], "scale_g": lengths[0] * lengths[1]}
+    length_a, length_b = _lengths(a, b)
+    sides = {"scale_a": a / length_a, "scale_b": b / length_b[:, None], "scale_g": length_a * length_b}
     made = {"indices": packed["indices"], "lut": packed["lut"].detach(), **sides}
     new = replace(form, magnitudes=True, floor=None)
     return Converted(new, made, _distance(old, _weight(new, made)), share)
+
+
+def _lengths(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The lengths of the columns of A and of the rows of B, or what these are divided by where that is more."""
+    return a.norm(dim=0).clamp(min=SHORTEST), b.norm(dim=1).clamp(min=SHORTEST)
 
 
 def _refitted(w: Tensor, q: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,11 +105,11 @@ def requantized(form: Lut, packed: Packed, *, levels: int, rank: int, refit_scal
     """
     assert form.magnitudes and not form.latent, "low-rank scales with magnitudes over packed indices"
     a, b = (packed[key].detach().float() for key in ("scale_a", "scale_b"))
-    unit_a, unit_b = a / a.norm(dim=0).clamp(min=1e-6), b / b.norm(dim=1).clamp(min=1e-6)[:, None]
+    length_a, length_b = _lengths(a, b)
     g = packed["scale_g"].detach().float()
     old = _weight(form, packed)
     w = old.dense() if has_data(g) else a.new_empty(a.shape[0], form.columns)
-    here = Fitted(packed["lut"].detach().float(), packed["indices"], a=unit_a, g=g, b=unit_b)
+    here = Fitted(packed["lut"].detach().float(), packed["indices"], a=a / length_a, g=g, b=b / length_b[:, None])
     found = _refit(form, w, levels, here, rounds=0)  # the levels; scales as they are
     if rank > form.rank:
         q = found.levels.index_select(0, found.indices.int().view(-1)).view(w.shape) if has_data(g) else w
@@ -113,16 +118,16 @@ def requantized(form: Lut, packed: Packed, *, levels: int, rank: int, refit_scal
     if refit_scales:
         found = _refit(form, w, levels, found, ROUNDS)
     new = replace(form, levels=levels, rank=rank)
-    sides = dict(zip(("scale_a", "scale_g", "scale_b"), _parts(found), strict=True))
+    new_a, new_g, new_b = _parts(found)
     made = {"indices": pack_bits(found.indices, bits_for(levels)), "lut": found.levels}
-    made |= {key: sides[key] for key in ("scale_a", "scale_b", "scale_g")}
+    made |= {"scale_a": new_a, "scale_b": new_b, "scale_g": new_g}
     return Converted(new, made, _distance(old, _weight(new, made)))
 
 
 def _refit(form: Lut, w: Tensor, levels: int, start: Fitted, rounds: int) -> Fitted:
-    rank = None if start.g is None else start.g.shape[0]
-    kind = (form.symmetric, form.zero_free)
-    return fit_scales(w, levels, rank=rank, start=start, rounds=rounds, symmetric=kind[0], zero_free=kind[1])
+    rank = _parts(start)[1].shape[0]
+    symmetric, zero_free = form.symmetric, form.zero_free
+    return fit_scales(w, levels, rank=rank, start=start, rounds=rounds, symmetric=symmetric, zero_free=zero_free)
 
 
 def _parts(found: Fitted) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,8 @@ from graph.formats.levels import fit_levels, uniform_levels
 from graph.formats.low_rank import fit_scales, group_absmax, low_rank_of_groups
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_scales import Factors, dense_scale, not_positive, rows_of, scale_factors
-from graph.formats.lut_weight import LatentWeight, apart_from_zero
+from graph.formats.lut_weight import LatentWeight
+from graph.formats.scales import apart_from_zero
 
 Scale = Literal["low-rank", "group", "channel", "none"]
 

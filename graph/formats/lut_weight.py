@@ -19,15 +19,8 @@ from graph.formats.format import has_data
 from graph.formats.levels import nearest
 from graph.formats.lut_scales import Factors, dense_scale, row_parts, rows_of
 from graph.formats.memory import scratch
+from graph.formats.scales import apart_from_zero
 from graph.formats.ste import without_autocast
-
-SMALLEST_SCALE = 1e-12
-"""A weight is divided by its scale, or by this with the scale's sign where that is smaller."""
-
-
-def apart_from_zero(s: Tensor) -> Tensor:
-    """S with its small entries replaced; +0 counts as positive."""
-    return torch.where(s.abs() < SMALLEST_SCALE, torch.full_like(s, SMALLEST_SCALE).copysign(s), s)
 
 
 class LutWeight(ABC):

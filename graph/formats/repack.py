@@ -43,6 +43,17 @@ def repack(graph: Graph, site: Site, form: Format, packed: Mapping[str, Tensor])
     return list(dict.fromkeys([before, Site(graph, node).name, *_readers(node)]))
 
 
+SCALES = ("scale", "scale_a", "scale_b", "scale_g")
+
+
+def train_scales(graph: Graph, name: str, trains: bool) -> None:
+    """Of the packed weight ``name``, train the scales as the group of that name, or nothing."""
+    for tensor in (f"{name}.{suffix}" for suffix in ("lut", *SCALES)):
+        if tensor in graph.tensors():
+            chosen = trains and not tensor.endswith(".lut")
+            graph.set_info(tensor, trainable=chosen, group="scales" if chosen else None)
+
+
 def _readers(node: fx.Node) -> Iterator[str]:
     """The sites that read a weight, behind a cast or not."""
     for user in node.users:

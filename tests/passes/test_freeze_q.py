@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graph import QcError
+from graph import QcError, Selector
 from graph.formats import packed_sites
 from passes.freeze_q import FreezeQ
 from passes.runner import apply
@@ -58,5 +58,10 @@ def test_a_second_run_says_that_nothing_is_left() -> None:
     )
 
 
-def test_packed_weights_are_left_alone() -> None:
+def test_only_the_selected_weights_are_frozen() -> None:
+    graph = latent()
+    wanted = graph(x)
+    apply(FreezeQ(select=Selector(name="up.*")), graph)
+    assert [site.op for site in packed_sites(graph)] == ["qc.dequantize_lut", "qc.fake_quantize_lut"]
+    assert graph(x).equal(wanted)
     assert all(site.op == "qc.dequantize_lut" for site in packed_sites(packed()))
