@@ -25,13 +25,10 @@ from graph import Graph, QcError, QcErrors, Selector, Site, raise_all
 from graph.adapter import load_adapter, plan_adapter
 from graph.lora_base import in_out
 from graph.lora_sets import Shape, attach, conflicts, initial, updates
-from passes.base import Exact, Lossy, Pass, Report
+from passes.base import BLOCK_WEIGHTS, Exact, Lossy, Pass, Report
 
 FROM_FILE = ("rank", "alpha", "dropout", "rslora", "dora", "rank_pattern", "alpha_pattern", "init", "seed", "select")
 """Options that an adapter folder answers itself."""
-
-
-BLOCK_LINEARS = Selector(role=("attn.*", "mlp.*"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class AddLora(Pass):
     idempotent = False
     after = ("quantize-base",)
 
-    select: Selector = BLOCK_LINEARS
+    select: Selector = BLOCK_WEIGHTS
     """Which linears; without it all of attention and MLP, as in QLoRA."""
 
     set: str = "default"

@@ -55,6 +55,9 @@ class Report:
 
 EVERYTHING = Selector()
 
+BLOCK_WEIGHTS = Selector(role=("attn.*", "mlp.*"))
+"""The linears of attention and MLP."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):

@@ -35,10 +35,9 @@ from graph.formats import (
     release_freed,
     store_packed,
 )
-from passes.base import Lossy, Pass, Report
+from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BLOCK_WEIGHTS = Selector(role=("attn.*", "mlp.*"))
 RELEASE_EVERY = 64 << 20
 """Bytes of float weights after which what they took is given back to the system."""
 

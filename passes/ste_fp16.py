@@ -20,10 +20,9 @@ from torch import fx
 from graph import Graph, QcError, Selector, Site
 from graph.ops import op_name
 from graph.sites import node_name
-from passes.base import Lossy, Pass, Report
+from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 LUT = ("qc.dequantize_lut", "qc.fake_quantize_lut")
-BLOCK_WEIGHTS = Selector(role=("attn.*", "mlp.*"))
 
 
 @dataclass(frozen=True, kw_only=True)
