@@ -85,7 +85,8 @@ class LutWeight(ABC):
                 at = self.codes(part, s).int() + level_starts(self.lut, self.shape[0], part)
                 d_lut += torch.bincount(at.view(-1), d_q.reshape(-1), minlength=d_lut.numel())
             if d_factors and s is not None:
-                d_s = torch.mul(d_w[part], self.slope(part, q, s), out=self._room(part, "d_s"))
+                room = d_w[part] if dense is d_w else self._room(part, "d_s")
+                d_s = torch.mul(d_w[part], self.slope(part, q, s), out=room)
                 self._add(d_factors, part, d_s, s)
             if dense is not None:
                 dense[part].copy_(q) if s is None else torch.mul(q, s, out=dense[part])

@@ -1,0 +1,103 @@
+"""Steps of several sides, each in a process of its own, taken in turn: a busy machine slows all of them alike.
+
+A side is an object with ``step(number) -> loss``. A bench file gives ``make_side(kind, work)`` and calls ``serve`` where
+it was started with ``--worker``, else ``take_turns``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+WARM = 2
+"""Steps at the beginning that are not timed."""
+
+
+class Side(Protocol):
+    """What is timed."""
+
+    def step(self, number: int) -> float:
+        """Take the training step of this number; its loss."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The steps of one side."""
+
+    losses: list[float]
+    seconds: list[float]
+    cpu_seconds: list[float]
+    """Of the process, over all its threads."""
+
+    peak_mib: float
+    """The high-water mark of the resident set from the first step on; the whole process counts."""
+
+    def figures(self) -> dict[str, float]:
+        """What a report shows of it."""
+        return {
+            "step_s": statistics.median(self.seconds),
+            "step_min_s": min(self.seconds),
+            "cpu_s": statistics.median(self.cpu_seconds),
+            "cpu_min_s": min(self.cpu_seconds),
+            "peak_mib": self.peak_mib,
+        }
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """The median of the ratios of steps taken beside each other."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def serve(make_side: Callable[[], Side]) -> None:
+    """Take a step for every number on stdin; answer with loss, seconds, CPU seconds and the memory's high-water mark."""
+    side = make_side()
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts here: loading does not count
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        loss = side.step(int(line))
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+        print(json.dumps([loss, seconds, cpu_seconds, int(status.split()[0]) / 1024]), flush=True)
+
+
+def take_turns(bench: str, kinds: Sequence[str], arguments: Sequence[str], steps: int) -> dict[str, Taken]:
+    """So many steps of each kind of side that the file ``bench`` knows: step 0 of all, then step 1 of all, and so on."""
+    sides = {
+        kind: subprocess.Popen(
+            [sys.executable, bench, "--worker", kind, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for kind in kinds
+    }
+    for kind, process in sides.items():
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "ready":
+            assert process.poll() is None, f"{kind} could not start"
+    rows: dict[str, list[list[float]]] = {kind: [] for kind in sides}
+    for step in range(steps + WARM):
+        for kind, process in sides.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(f"{step}\n")
+            process.stdin.flush()
+            rows[kind].append(json.loads(process.stdout.readline()))
+    for process in sides.values():
+        process.communicate()
+    return {kind: _taken(each) for kind, each in rows.items()}
+
+
+def _taken(rows: list[list[float]]) -> Taken:
+    timed = rows[WARM:]
+    return Taken([r[0] for r in rows], [r[1] for r in timed], [r[2] for r in timed], rows[-1][3])
