@@ -43,5 +43,6 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     size = math.prod(shape)
     kept = _KEPT.rooms.get(name)
     if kept is None or kept.numel() < size or kept.dtype != dtype:
-        kept = _KEPT.rooms[name] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # memory made in that mode could not be written to outside it
+            kept = _KEPT.rooms[name] = torch.empty(size, dtype=dtype)
     return kept[:size].view(shape)

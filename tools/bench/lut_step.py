@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -72,7 +72,8 @@ class Step:
         from passes.quantize_base import QuantizeBase
         from passes.runner import apply
 
-        for role, bits in (("mlp.*", 2), ("attn.*", 4)):
+        sizes: tuple[tuple[str, Literal[2, 4]], ...] = (("mlp.*", 2), ("attn.*", 4))
+        for role, bits in sizes:
             lut = LutOptions(bits=bits, rank=32, group=16, fit="absmax", train="scales")
             apply(QuantizeBase(scheme="lut", lut=lut, select=Selector(role=(role,))), graph, check=False)
         graph.materialize()

@@ -1,7 +1,7 @@
 """Steps of several sides, each in a process of its own, taken in turn: a busy machine slows all of them alike.
 
-A side is an object with ``step(number) -> loss``. A bench file gives ``make_side(kind, work)`` and calls ``serve`` where
-it was started with ``--worker``, else ``take_turns``.
+A side is an object with ``step(number) -> loss``. A bench file calls ``serve`` with what makes one where it was started
+with ``--worker``, else ``take_turns``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def serve(make_side: Callable[[], Side]) -> None:
-    """Take a step for every number on stdin; answer with loss, seconds, CPU seconds and the memory's high-water mark."""
+    """Take a step for every number on stdin; answer with loss, seconds, CPU seconds and the memory's peak."""
     side = make_side()
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts here: loading does not count
     print("ready", flush=True)
@@ -71,7 +71,7 @@ def serve(make_side: Callable[[], Side]) -> None:
 
 
 def take_turns(bench: str, kinds: Sequence[str], arguments: Sequence[str], steps: int) -> dict[str, Taken]:
-    """So many steps of each kind of side that the file ``bench`` knows: step 0 of all, then step 1 of all, and so on."""
+    """So many steps of each kind of side that the file ``bench`` knows: step 0 of all, then step 1, and so on."""
     sides = {
         kind: subprocess.Popen(
             [sys.executable, bench, "--worker", kind, *arguments],

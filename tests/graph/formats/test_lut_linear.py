@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from graph import Graph, QcError, capture_module
-from graph.formats import Lut, fuse_dequantize, store_packed
+from graph.formats import Lut, fuse_dequantize, memory, store_packed
 from graph.formats.bits import look_up, pack_bits
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_linear import linear_fake_lut, linear_lut, linear_lut_factored
@@ -125,6 +125,16 @@ def test_without_gradients_the_values_are_the_same() -> None:
     with torch.no_grad():
         assert weight.materialised().equal(Weight().materialised())
         assert weight.factored().equal(Weight().factored())
+
+
+def test_a_model_can_train_after_it_was_evaluated() -> None:
+    memory._KEPT.rooms.clear()
+    with torch.inference_mode():
+        evaluated = Weight().materialised()
+    made = Weight()
+    trained = made.materialised()
+    trained.sum().backward()
+    assert torch.equal(trained.detach(), evaluated) and made.a.grad is not None
 
 
 def test_the_weight_is_computed_in_fp32_inside_autocast() -> None:
