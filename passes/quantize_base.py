@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from graph import Graph, QcError, Selector, Site
 from graph.formats import (
+    Fidelity,
     Format,
     Lut,
     LutOptions,
@@ -35,11 +36,22 @@ from graph.formats import (
     release_freed,
     store_packed,
 )
+from graph.formats.ahead import worked_ahead
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RELEASE_EVERY = 64 << 20
 """Bytes of float weights after which what they took is given back to the system."""
+
+
+class Packing(NamedTuple):
+    """One weight, packed."""
+
+    w: torch.Tensor
+    form: Format
+    packed: dict[str, torch.Tensor]
+    found: Fidelity | None
+    """None of a plan, which has no values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,27 +145,38 @@ class QuantizeBase(Pass):
         return self.form_for(role, shape).problem(weight, shape)
 
     def run(self, graph: Graph) -> Report:
-        """Pack one weight after the other; each is read, packed, compared and let go before the next."""
+        """Pack as many weights at once as there are threads; each is read, packed, compared and then let go."""
         figures, changed = Tally(), []
+        chosen: dict[str, Site] = {}
         for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
             weight = site.weight()
-            if weight is None:
-                continue
-            changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
+            if weight is not None and weight not in chosen:
+                chosen[weight] = site
+                changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
+        read = ((name, site, graph.tensor(name).detach()) for name, site in chosen.items())
+        on_host = graph.device.type == "cpu"
+        for weight, site, packing in worked_ahead(self._packing, read, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
-            self._pack(graph, weight, site, figures)
+            self._store(graph, weight, site, packing, figures)
+            del packing
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
         return Report(tuple(changed), figures.summary())
 
-    def _pack(self, graph: Graph, weight: str, site: Site, figures: Tally) -> None:
-        w, form = graph.tensor(weight).detach(), self.form_for(site.role, graph.shape(weight))
+    def _packing(self, read: tuple[str, Site, torch.Tensor]) -> tuple[str, Site, Packing]:
+        """Pack one weight, and compare it with what it unpacks to."""
+        weight, site, w = read
+        form = self.form_for(site.role, tuple(w.shape))
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
         packed = form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
         assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        return weight, site, Packing(w, form, packed, found)
+
+    def _store(self, graph: Graph, weight: str, site: Site, packing: Packing, figures: Tally) -> None:
+        w, form, packed, found = packing
         figures.add(weight, w, packed, found)
         store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
         if isinstance(form, Lut):
