@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import math
 import statistics
-import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PAGE = ROOT / "docs" / "quality.md"
-BEGIN, END = "<!-- table: quality -->", "<!-- end -->"
 BATCHES = 32
 """Held-out batches of 1,024 tokens."""
 
@@ -108,17 +105,14 @@ def _figures(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def stored_bits(artifact: Path) -> float:
-    """Bits of all that LUT weights are stored as, over the number of these weights."""
-    bits, weights = 0, 0
-    for file in artifact.glob("*.safetensors"):
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-        lut = {name.rsplit(".", 1)[0] for name in header if name.endswith(".indices")}
-        for name, entry in header.items():
-            if name.rsplit(".", 1)[0] in lut:
-                bits += 8 * (entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name in lut:
-            weights += header[f"{name}.scale_a"]["shape"][0] * header[f"{name}.scale_b"]["shape"][1]
+    """Bits of all that packed weights are stored as, over the number of these weights."""
+    from graph.artifact import load
+    from graph.formats import packed_sites
+
+    graph, bits, weights = load(artifact).graph, 0, 0
+    for site in packed_sites(graph):
+        weights += site.value.numel()
+        bits += sum(8 * graph.dtype_of(name).itemsize * math.prod(graph.shape(name)) for name in site.tensors())
     return bits / weights
 
 
@@ -188,9 +182,9 @@ def main() -> None:
     text = f"{table(rows)}\n\n{verdicts(rows, said.steps)}"
     print(text)
     if said.write:
-        page = PAGE.read_text()
-        head, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        from tools.bench.tables import replace_table
+
+        replace_table("quality", text)
 
 
 if __name__ == "__main__":
