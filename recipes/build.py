@@ -135,6 +135,9 @@ class _Reader:
         for name, group in groups.map.items() if groups else ():
             if "select" in group.map:
                 check_selector(group.map["select"], f"train.groups.{name}.select", self.mistakes)
+        snap = node.map["train"].map.get("auto_snap") if "train" in node.map else None
+        if snap and "select" in snap.map:
+            check_selector(snap.map["select"], "train.auto_snap.select", self.mistakes)
 
     def one(self, kind: type[T], work: Node, key: str) -> T | None:
         node = work.map.get(key)

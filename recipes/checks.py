@@ -22,6 +22,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
         mistakes.add(node.map["lr"].key, "train has both lr and groups", "keep one; every group has its own lr")
     for name, group in (train.groups or {}).items():
         _check_group(name, group, train.steps, node.map["groups"].map[name], mistakes)
+    if train.auto_snap is not None and train.auto_snap.earliest >= train.steps:
+        what = f"train.auto_snap cannot snap before step {train.auto_snap.earliest}, but training has {train.steps}"
+        mistakes.add(node.map["auto_snap"].key, what, "lower every, patience or start")
 
 
 def check_data(work: Node, mistakes: Mistakes) -> None:

@@ -97,6 +97,13 @@ _GROUP = _twin(
     min_lr_ratio=Ratio,
 )
 _DATA = _any_of(SOURCES, _source_of)
+_AUTO_SNAP = _twin(
+    settings.AutoSnap,
+    select=TensorSelector | None,
+    threshold=Positive,
+    start=Natural,
+    **dict.fromkeys(("every", "patience"), Count),
+)
 _twin(
     settings.Train,
     objective=_any_of(OBJECTIVES, _objective_of),
@@ -106,6 +113,7 @@ _twin(
     groups=GenericAlias(dict, (str, _GROUP)) | None,
     clip=Positive | None,
     ema=Below1 | None,
+    auto_snap=_AUTO_SNAP | None,
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),

@@ -117,6 +117,31 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoSnap:
+    """Rounds tensors to the fp16 grid and freezes them, once, when they have come to rest."""
+
+    select: Selector | Mapping[str, Any] | None = None
+    """Which trained tensors; without it the magnitudes of LUT scales, ``{name: '*.scale_g'}``."""
+
+    every: int = 25
+    """Optimizer steps between two looks at them."""
+
+    threshold: float = 0.01
+    """They rest while no value moves by more than this share of itself from one look to the next."""
+
+    patience: int = 2
+    """Looks in a row at which they have to rest."""
+
+    start: int = 0
+    """Optimizer steps before it begins to look."""
+
+    @property
+    def earliest(self) -> int:
+        """The optimizer steps after which it snaps if all rest from the start."""
+        return self.start + self.every * (self.patience + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """How what is trainable is trained."""
 
@@ -164,6 +189,9 @@ class Train:
 
     ema: float | None = None
     """Decay of a moving average of the trained tensors, per optimizer step; the average is then the result."""
+
+    auto_snap: AutoSnap | None = None
+    """Round magnitudes to fp16 and freeze them once they have come to rest."""
 
     eval_every: int = 0
     """Optimizer steps between evaluations; 0 evaluates at the end."""

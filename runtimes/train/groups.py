@@ -66,7 +66,14 @@ def _chosen(name: str, group: Group, trainable: Sequence[NamedTensor], graph: Gr
     """The tensors a group asks for, or None if it takes what the others leave."""
     if group.select is None:
         return tuple(t.name for t in trainable if _belongs(t.info.group, name)) or None
-    offered, select = trainable, group.select
+    return pick(group.select, trainable, graph.blocks, f"group {name!r}")
+
+
+def pick(
+    select: Selector | Mapping[str, Any], trainable: Sequence[NamedTensor], blocks: int, who: str
+) -> tuple[str, ...]:
+    """The names of the trainable tensors that are selected, ``group:`` included; ``who`` is told where none is."""
+    offered = trainable
     if isinstance(select, Mapping):
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in select.items()}
         wanted = options.pop("group", None)
@@ -75,14 +82,14 @@ def _chosen(name: str, group: Group, trainable: Sequence[NamedTensor], graph: Gr
             if not offered:
                 groups = sorted({t.info.group for t in trainable if t.info.group})
                 raise QcError(
-                    f"group {name!r}: select {{group: {wanted}}} matches no trainable tensor",
+                    f"{who}: select {{group: {wanted}}} matches no trainable tensor",
                     fix=f"the groups are {', '.join(groups) or 'none'}",
                 )
         select = _selector(options)
     try:
-        return tuple(t.name for t in select.pick(offered, graph.blocks, "trainable tensor"))
+        return tuple(t.name for t in select.pick(offered, blocks, "trainable tensor"))
     except QcError as error:
-        raise QcError(f"group {name!r}: {error.what}", fix=error.fix) from None
+        raise QcError(f"{who}: {error.what}", fix=error.fix) from None
 
 
 def _selector(options: dict[str, Any]) -> Selector:

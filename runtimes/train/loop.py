@@ -101,7 +101,8 @@ class _Session:
         self.resumed_from = self.state.step
 
     def run(self, resolved: Mapping[str, Any]) -> TrainReport:
-        metrics = Metrics(self.folder, [m.name for m in self.trainer.groups], self.trainer.loss.terms)
+        trainer = self.trainer
+        metrics = Metrics(self.folder, [m.name for m in trainer.groups], trainer.loss.terms, trainer.figures)
         trackers = Trackers(self.processes, self.settings.trackers, self.folder, resolved)
         try:
             if self.processes.main:
@@ -135,6 +136,9 @@ class _Session:
         row |= {f"loss/{name}": value for name, value in done.terms.items()}
         row |= {f"lr/{name}": lr for name, lr in done.rates.items()}
         row |= {f"grad_norm/{name}": norm for name, norm in done.norms.groups.items()}
+        row |= done.figures
+        for note in done.notes:
+            self.progress.note(note)
         every = self.settings.eval_every
         due = row["step"] == self.settings.steps or (every and int(row["step"]) % every == 0)
         best = (before.best_step, before.best_loss)
@@ -162,7 +166,7 @@ class _Session:
 
     def _finish(self) -> TrainReport:
         self.trainer.give_back()
-        rows, notes = read(self.folder), list(self.trainer.text.notes)
+        rows, notes = read(self.folder), [*self.trainer.text.notes, *self.trainer.last_words()]
         if self.settings.plot and self.processes.main:
             note = plot.draw(rows, self.folder / "loss.png", self.folder.name)
             if note:

@@ -23,10 +23,11 @@ COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "seconds", "grad_norm"
 class Metrics:
     """``metrics.csv`` and ``metrics.jsonl`` of one training."""
 
-    def __init__(self, folder: Path, groups: Sequence[str], terms: Sequence[str] = ()):
+    def __init__(self, folder: Path, groups: Sequence[str], terms: Sequence[str] = (), figures: Sequence[str] = ()):
         self.folder = folder
         parts = (f"loss/{term}" for term in terms)
-        self.columns = (*COLUMNS, *parts, *(f"{kind}/{g}" for kind in ("lr", "grad_norm") for g in groups))
+        by_group = (f"{kind}/{g}" for kind in ("lr", "grad_norm") for g in groups)
+        self.columns = (*COLUMNS, *parts, *by_group, *figures)
         self._files: tuple[TextIO, ...] = ()
 
     def open(self, step: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from graph import Graph
 from runtimes.data import Batch
 from runtimes.settings import Train
+from runtimes.train.auto_snap import COLUMNS, Snapper
 from runtimes.train.checkpoints import Tensors, load
 from runtimes.train.corpus import Text
 from runtimes.train.distribute import Processes, fill, local, whole
@@ -41,6 +42,12 @@ class Step:
     terms: Mapping[str, float]
     """Nats per label of each part of the loss, before its weight."""
 
+    figures: Mapping[str, float]
+    """What else is logged of it."""
+
+    notes: tuple[str, ...] = ()
+    """What is worth telling."""
+
 
 class Trainer:
     """A student, its optimizer and its text."""
@@ -64,6 +71,10 @@ class Trainer:
         self.average: dict[str, Tensor] | None = None
         if settings.ema is not None:
             self.average = {name: p.detach().clone() for name, p in student.parameters.items()}
+        self.snapper: Snapper | None = None
+        if settings.auto_snap is not None:
+            trained = [t for t in student.graph.named_tensors() if t.trainable]
+            self.snapper = Snapper(settings.auto_snap, trained, student.graph.blocks, groups)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
@@ -89,8 +100,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._follow()
+        figures: dict[str, float] = {}
+        notes: tuple[str, ...] = ()
+        if self.snapper is not None:
+            figures, notes = self.snapper.after(number + 1, self.student.parameters, self.average)
         parted = dict(zip(terms, means[1:].tolist(), strict=True))
-        return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates, parted)
+        return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates, parted, figures, notes)
 
     def _follow(self) -> None:
         """Move the average a little towards the trained tensors."""
@@ -125,17 +140,22 @@ class Trainer:
             torch.manual_seed(int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little", signed=True))
 
     def _gradients(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """The gradients by group; a group that has not started yet loses its own."""
+        """The gradients by group; a group that has not started yet loses its own, and what is frozen by now."""
         found: dict[str, dict[str, Tensor]] = {}
+        frozen = self._frozen()
         for member in self.groups:
             named = found[member.name] = {}
             for name in member.tensors:
                 parameter = self.student.parameters[name]
-                if step < member.group.start_step:
+                if step < member.group.start_step or name in frozen:
                     parameter.grad = None
                 elif parameter.grad is not None:
                     named[name] = parameter.grad
         return found
+
+    def _frozen(self) -> frozenset[str]:
+        """The tensors that trained and do no more."""
+        return frozenset(self.snapper.names if self.snapper is not None and self.snapper.frozen else ())
 
     def _set_rates(self, step: int) -> dict[str, float]:
         rates = {m.name: rate(m.group, step, self.settings.steps) for m in self.groups}
@@ -181,6 +201,11 @@ class Trainer:
         finally:
             torch._foreach_copy_(parameters, kept)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of what a step may log beside its loss."""
+        return COLUMNS if self.snapper is not None else ()
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def tensors(self) -> Tensors:
@@ -191,6 +216,8 @@ class Trainer:
         }
         if self.average is not None:
             found["average"] = {name: whole(value) for name, value in self.average.items()}
+        if self.snapper is not None:
+            found["auto_snap"] = self.snapper.tensors()
         return found
 
     def load(self, path: Path) -> None:
@@ -200,11 +227,19 @@ class Trainer:
         if self.average is not None:
             for name, value in load(path, "average").items():
                 fill(self.average[name], value)
+        if self.snapper is not None:
+            self.snapper.load(load(path, "auto_snap"))
 
     def give_back(self) -> None:
-        """Put the result, the average if there is one, into the graph."""
+        """Put the result, the average if there is one, into the graph; what was frozen on the way stays so."""
         result = self.student.parameters if self.average is None else self.average
         self.student.give_back({name: whole(value) for name, value in result.items()})
+        for name in self._frozen():
+            self.student.graph.set_info(name, trainable=False, group=None)
+
+    def last_words(self) -> tuple[str, ...]:
+        """What should be known of the whole training."""
+        return () if self.snapper is None else self.snapper.last_words()
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on."""

@@ -25,6 +25,7 @@ SECTIONS = {
     "Probe": "[probe](#probe)",
     "Train": "[train](#train)",
     "Group": "[group](#groups)",
+    "AutoSnap": "[auto_snap](#auto_snap)",
     "Evaluate": "[evaluate](#evaluate)",
     "Cache": "[cache](#cache)",
     "Gate": "[gate](#gates)",
