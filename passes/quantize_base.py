@@ -9,6 +9,11 @@ With the scheme lut, a weight is a few levels times scales, and levels and scale
     factored  W/dequantize = qc.dequantize_lut(W.indices, W.lut, 1024, model, scale_a=…, scale_b=…, scale_g=…)
     latent    W/fake_quantize = qc.fake_quantize_lut(W.latent, W.lut, model, scale_a=…, scale_b=…, floor=1e-08)
 
+Levels that train follow from ``theta``, whatever it becomes in order, symmetric, fp16 numbers and never zero:
+
+    levels    W/levels = qc.monotone_levels(W.theta, 1.0)
+              W/dequantize = qc.dequantize_lut(W.indices, W/levels, 1024, model, scale_a=…, scale_b=…, scale_g=…)
+
 The integers are all that is left of a weight, and they do not train: a weight that was trainable is frozen. Embeddings
 and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
 so selecting one reader packs the weight of both.
@@ -37,6 +42,7 @@ from graph.formats import (
     store_packed,
 )
 from graph.formats.ahead import worked_ahead
+from graph.formats.lut_levels import derive_levels
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,8 +184,11 @@ class QuantizeBase(Pass):
     def _store(self, graph: Graph, weight: str, site: Site, packing: Packing, figures: Tally) -> None:
         w, form, packed, found = packing
         figures.add(weight, w, packed, found)
-        store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
+        stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
         if isinstance(form, Lut):
             figures.add_scales(form.once_baked(packed), w.numel(), form.scales_below(packed))
-            for suffix in set(self.tables.trained()) & packed.keys():
-                graph.set_info(f"{weight}.{suffix}", trainable=True, group=self.tables.train)
+            if form.theta:
+                derive_levels(graph, stored)
+            for suffix, group in self.tables.trained().items():
+                if f"{weight}.{suffix}" in graph.tensors():
+                    graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)

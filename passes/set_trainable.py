@@ -74,6 +74,7 @@ class SetTrainable(Pass):
                 errors.append(error)
                 continue
             errors += _not_trainable([t.name for t in picked if t.name in packed], graph)
+            errors += _sorted_by([t.name for t in picked], graph)
             errors += [_in_two(t.name, wanted[t.name], group) for t in picked if wanted.get(t.name) is not None]
             wanted |= {t.name: group for t in picked}
         return wanted, errors
@@ -86,6 +87,14 @@ def _not_trainable(packed: list[str], graph: Graph) -> list[QcError]:
     lut = all(name.removesuffix("indices") + "lut" in graph.tensors() for name in packed)
     fix = f"run dequantize first, or exclude '{'*.indices' if lut else '*.weight.*'}'"
     return [QcError(f"{packed[0]}{others} part of a packed weight, which cannot train", fix=fix)]
+
+
+def _sorted_by(picked: list[str], graph: Graph) -> list[QcError]:
+    """Levels by which latent weights are sorted at every step, so that they have to stay in order."""
+    wrong = [name for name in picked if name.removesuffix("lut") + "latent" in graph.tensors() and name[-4:] == ".lut"]
+    what = "{} holds levels that latent weights are sorted by, and trained freely they do not stay in order"
+    fix = "set lut.train to levels and lut.symmetric to true in quantize-base, or freeze-q first"
+    return [QcError(what.format(name), fix=fix) for name in wrong[:1]]
 
 
 def _in_two(name: str, first: str | None, second: str | None) -> QcError:

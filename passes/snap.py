@@ -9,7 +9,9 @@ An export to that type then loses nothing, and what is evaluated before it is wh
     after     W/dequantize = qc.dequantize_lut(W.indices, W.lut: f16[16], …, scale_a: f16[…], scale_b: f16[…])
 
 A LUT weight all of whose levels and scales are selected is baked, as a device holds it: ``a = fp16(fp16(g) A)`` and
-``b = fp16(B)``, of unit columns and rows. Its indices are never touched.
+``b = fp16(B)``, of unit columns and rows. Its indices stay, except where levels that trained freely have crossed: those
+are put in order and the indices renumbered, so that every weight keeps its level; two that meet move one fp16 step
+apart.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ def _bake(graph: Graph, site: Site) -> list[str]:
     assert isinstance(form, Lut)
     made = baked(form, packed_tensors(graph, site))
     sides = [f"{name}.{suffix}" for suffix in made.packed if suffix != "indices"]
+    changed = repack(graph, site, made.form, made.packed)
     for tensor in sides:
         graph.set_info(tensor, trainable=False, group=None)
-    return [*repack(graph, site, made.form, made.packed), *sides]
+    return [*changed, *sides]

@@ -14,7 +14,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.format import has_data
 from graph.formats.kmeans import Floats, Ints, exact_centres, weighted_points
-from graph.formats.ste import ste_fp16
+from graph.formats.ste import straight_fp16
 from graph.ops import op
 
 CHUNK = 1 << 16
@@ -22,6 +22,9 @@ CHUNK = 1 << 16
 
 MANY_LEVELS = 128
 """Above this, a binary search is quicker than one comparison with each threshold."""
+
+ROUNDS = 64
+"""In which 256 levels with many narrow gaps come to rest; 16 do in the first."""
 
 NORMAL, LARGEST = 0x0400, 0x7BFF
 """The patterns of the smallest normal fp16 number, 2^-14, and of the largest, 65504."""
@@ -124,37 +127,52 @@ def _thresholds_below(flat: Tensor, thresholds: Tensor) -> Tensor:
 def monotone_levels(theta: Tensor, largest: float = 1.0) -> Tensor:
     """Levels that train: whatever ``theta``, they are symmetric, strictly increasing, fp16 numbers and never zero.
 
-    theta: [n / 2]  ->  f32 [n], from ``-largest`` to ``largest``
+    theta: [..., n / 2]  ->  f32 [..., n], from ``-largest`` to ``largest``
 
     The gaps from 0 up are ``least + (largest - n / 2 * least) * softmax(theta)``; fp16 rounding passes gradients.
     """
-    half = theta.shape[0]
+    half = theta.shape[-1]
     least = _least_gap(2 * half, largest)
-    gaps = least + (largest - half * least) * torch.softmax(theta.float(), dim=0)
-    upper = ste_fp16(torch.cumsum(gaps, dim=0))
-    return torch.cat((-upper.flip(0), upper))
+    gaps = least + (largest - half * least) * torch.softmax(theta.float(), dim=-1)
+    upper = straight_fp16(torch.cumsum(gaps, dim=-1))
+    return torch.cat((-upper.flip(-1), upper), dim=-1)
 
 
 def theta_of(levels: Tensor) -> Tensor:
-    """The ``theta`` whose ``monotone_levels(theta, levels[-1])`` are these levels.
+    """The ``theta`` whose ``monotone_levels(theta, largest)`` are these levels, of which that is the largest.
 
-    levels: [n], n even, symmetric, strictly increasing  ->  f32 [n / 2], of mean 0
+    levels: [..., n], n even, symmetric, strictly increasing, to one largest level  ->  f32 [..., n / 2], of mean 0
 
     Gaps that are narrower than ``monotone_levels`` makes them become as narrow as it can.
     """
-    half = levels.shape[0] // 2
+    half = levels.shape[-1] // 2
     if not has_data(levels):
-        return levels.new_empty(half, dtype=torch.float32)
-    if levels.shape[0] % 2 or not torch.equal(levels, -levels.flip(0)):
+        return levels.new_empty((*levels.shape[:-1], half), dtype=torch.float32)
+    if levels.shape[-1] % 2 or not torch.equal(levels, -levels.flip(-1)):
         raise QcError(
             "levels train only where they are symmetric and even in number, and these are not",
             fix="fit them with symmetric: true, or leave the lut frozen",
         )
-    upper = levels[half:].double()
-    largest = upper[-1].item()
-    gaps = torch.diff(upper, prepend=upper.new_zeros(1)) - _least_gap(2 * half, largest)
+    upper = levels[..., half:].double()
+    largest = largest_level(levels)
+    gaps = torch.diff(upper, prepend=torch.zeros_like(upper[..., :1])) - _least_gap(2 * half, largest)
     logits = gaps.clamp(min=1e-6 * largest).log()
-    return (logits - logits.mean()).float()
+    return (logits - logits.mean(dim=-1, keepdim=True)).float()
+
+
+def largest_level(levels: Tensor) -> float:
+    """What levels reach up to; 1 where there are no values."""
+    return float(levels.max()) if has_data(levels) else 1.0
+
+
+def trainable_levels(levels: Tensor) -> Tensor:
+    """The levels that ``theta_of`` gives back exactly, nearest to symmetric ones; with few levels the same."""
+    for _ in range(ROUNDS if has_data(levels) else 0):
+        found = monotone_levels(theta_of(levels), largest_level(levels))
+        if torch.equal(found, levels):
+            break
+        levels = found
+    return levels
 
 
 def _least_gap(n: int, largest: float) -> float:

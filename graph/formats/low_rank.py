@@ -83,7 +83,7 @@ def fit_scales(
         return Fitted(levels, w.new_empty(w.shape, dtype=torch.uint8), errors=(), **scales.tensors())
     levels = uniform_levels(n).to(w.device)
     if start is not None and start.levels.shape[-1] == n:
-        levels = start.levels.float()
+        levels = start.levels.float().sort(dim=-1).values  # trained freely, they may be out of order
     fit = Fit(w, moments, scales, levels.expand(shape).contiguous(), symmetric, zero_free)
     errors = fit.run(rounds, _balanced_scales(w, rank, group) if rank and start is None else None)
     return Fitted(fit.levels if rows_per_lut else fit.levels[0], fit.indices, errors=errors, **fit.scales.tensors())

@@ -17,6 +17,7 @@ from graph.formats.fit import row_slices
 from graph.formats.format import has_data
 from graph.formats.low_rank import ROUNDS, Fitted, fit_scales
 from graph.formats.lut_format import Lut
+from graph.formats.lut_levels import in_order
 from graph.formats.lut_scales import SHORTEST, not_positive, scale_factors
 from graph.formats.lut_weight import LatentWeight, PackedWeight
 from graph.formats.row_scales import LowRankScales
@@ -138,14 +139,16 @@ def _parts(found: Fitted) -> tuple[Tensor, Tensor, Tensor]:
 def baked(form: Lut, packed: Packed) -> Converted:
     """As a device holds it: ``a = fp16(fp16(g) A)``, ``b = fp16(B)`` and levels in fp16, the indices untouched.
 
-    The same rounding as that of ``fp16=True``, so a graph trained with that computes the same bits afterwards.
+    The same rounding as that of ``fp16=True``, so a graph trained with that computes the same bits afterwards. Levels
+    that are out of order, as training can leave them, are sorted, and the indices renumbered.
     """
     assert form.floor is None and not form.latent, "scales with a floor have no product form"
     factors = _factors(replace(form, fp16=True), packed)
     names = {0: (), 1: ("scale",), 2: ("scale_a", "scale_b")}[len(factors)]
-    made = {"indices": packed["indices"], "lut": packed["lut"].detach().half()}
+    indices, lut = in_order(packed["indices"], packed["lut"].detach(), form.columns)
+    made = {"indices": indices, "lut": lut.half()}
     made |= {name: factor.half() for name, factor in zip(names, factors, strict=True)}
-    new = replace(form, magnitudes=False, baked=True)
+    new = replace(form, magnitudes=False, baked=True, theta=False)
     return Converted(new, made, _distance(_weight(form, packed), _weight(new, made)))
 
 

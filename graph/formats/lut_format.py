@@ -12,7 +12,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.bits import bits_for, pack_bits, packed_columns
 from graph.formats.format import Call, Rows, V, has_data
-from graph.formats.levels import fit_levels, uniform_levels
+from graph.formats.levels import fit_levels, trainable_levels, uniform_levels
 from graph.formats.low_rank import fit_scales, group_absmax, low_rank_of_groups
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_scales import Factors, dense_scale, not_positive, rows_of, scale_factors
@@ -60,6 +60,9 @@ class Lut:
 
     rows_per_lut: int | None = None
     """Rows that share their levels; None: all."""
+
+    theta: bool = False
+    """Whether the graph computes the levels from ``theta``, which trains in their place."""
 
     @staticmethod
     def of(given: Mapping[str, Any], value: Tensor) -> Lut:
@@ -113,6 +116,7 @@ class Lut:
         """w: [out, in], float  ->  the side tensors, as in the class."""
         assert w.shape[1] == self.columns, f"a weight of {w.shape[1]} columns in a format of {self.columns}"
         lut, scales = self._fitted(w)
+        lut = trainable_levels(lut) if self.theta else lut
         dtype = torch.float16 if self.baked else torch.float32
         sides = {suffix: _own(value, dtype) for suffix, value in {"lut": lut, **scales}.items()}
         if self.latent:

@@ -58,7 +58,7 @@ class LutOptions:
     """Let no fitted level be zero."""
 
     symmetric: bool = False
-    """Let fitted levels come in pairs of both signs, as levels that train must."""
+    """Let fitted levels come in pairs of both signs; levels that train then stay so, in order, and fp16 numbers."""
 
     rows_per_lut: int | None = None
     """Rows that share their levels; without it one table serves the whole weight."""
@@ -66,8 +66,8 @@ class LutOptions:
     form: Literal["factored", "latent"] = "factored"
     """Packed indices that stay as they are (V2), or float weights that are packed anew at every step (V1)."""
 
-    train: Literal["scales", "weights", "none"] = "scales"
-    """What trains, as the group of that name: the scales, latent float weights, or nothing."""
+    train: Literal["scales", "levels", "scales+levels", "weights", "none"] = "scales"
+    """What trains, as the groups of these names: scales, levels, both, latent float weights, or nothing."""
 
     def mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
@@ -84,9 +84,23 @@ class LutOptions:
         if self.train == "weights" and self.form != "latent":
             what = "lut.train is weights, and packed indices do not train"
             yield QcError(what, fix="set lut.form to latent, or lut.train to scales")
-        if self.train == "scales" and self.scale == "none":
-            what = "lut.train is scales, and lut.scale none leaves none to train"
+        if "scales" in self.train and self.scale == "none":
+            what = f"lut.train is {self.train}, and lut.scale none leaves no scales to train"
             yield QcError(what, fix="set lut.train to none, or lut.scale to low-rank")
+        if "levels" in self.train:
+            yield from self._mistakes_of_levels()
+
+    def _mistakes_of_levels(self) -> Iterator[QcError]:
+        """What levels cannot train with."""
+        if self.bits == 1 and self.symmetric:
+            what = f"lut.train is {self.train}, and of two symmetric levels none can move"
+            yield QcError(what, fix="train the scales, or take lut.symmetric out")
+        if self.form == "latent" and not self.symmetric:
+            what = f"lut.train is {self.train}, and latent weights are sorted by levels that stay in order"
+            yield QcError(what, fix="set lut.symmetric to true")
+        if self.rows_per_lut is not None and self.symmetric and (self.scale == "none" or self.fit == "absmax"):
+            what = f"lut.train is {self.train}, and the tables of lut.rows_per_lut do not end at one largest level"
+            yield QcError(what, fix="take lut.rows_per_lut or lut.symmetric out, or fit scales: lut.fit mse")
 
     def _mistakes_of_size(self) -> Iterator[QcError]:
         for key, least in (("rank", 1), ("group", 1), ("rows_per_lut", 1)):
@@ -135,8 +149,11 @@ class LutOptions:
             magnitudes=not latent,
             floor=FLOOR if latent and self.scale == "low-rank" else None,
             rows_per_lut=self.rows_per_lut,
+            theta="levels" in self.train and self.symmetric,
         )
 
-    def trained(self) -> tuple[str, ...]:
-        """The suffixes of what trains."""
-        return {"scales": ("scale", "scale_a", "scale_b", "scale_g"), "weights": ("latent",)}.get(self.train, ())
+    def trained(self) -> dict[str, str]:
+        """The suffixes of what trains, and the group that each is in."""
+        suffixes = {"scales": ("scale", "scale_a", "scale_b", "scale_g"), "levels": ("lut", "theta")}
+        suffixes["weights"] = ("latent",)
+        return {suffix: group for group in self.train.split("+") for suffix in suffixes.get(group, ())}

@@ -9,6 +9,8 @@ from torch import Tensor, fx
 
 from graph.core import Graph
 from graph.formats.format import Format
+from graph.formats.lut_format import Lut
+from graph.formats.lut_levels import derive_levels, plain_levels
 from graph.formats.stored import arguments, weight_name
 from graph.ops import op_name
 from graph.sites import Site, node_name, set_tag
@@ -18,7 +20,9 @@ def repack(graph: Graph, site: Site, form: Format, packed: Mapping[str, Tensor])
     """Let ``site`` unpack ``packed``, by suffix, in the format ``form``; return the names of all sites this changes.
 
     Side tensors that stay keep what is known of them; new ones are frozen, and those no longer read are dropped.
+    Levels that follow from ``theta`` do so afterwards too, unless the new format says otherwise.
     """
+    trained = plain_levels(graph, site)
     name, node, before = weight_name(site), site.node, site.name
     old = {str(arg.target).removeprefix(f"{name}."): arg for arg in node.all_input_nodes if arg.op == "get_attr"}
     assert len(old) == len(node.all_input_nodes), f"{site.name} computes what it unpacks"
@@ -40,6 +44,8 @@ def repack(graph: Graph, site: Site, form: Format, packed: Mapping[str, Tensor])
     graph.module.graph.eliminate_dead_code()
     for suffix in old.keys() - packed.keys():
         graph.remove_tensor(f"{name}.{suffix}")
+    if isinstance(form, Lut) and form.theta:
+        derive_levels(graph, Site(graph, node), trained)
     return list(dict.fromkeys([before, Site(graph, node).name, *_readers(node)]))
 
 
@@ -48,9 +54,10 @@ SCALES = ("scale", "scale_a", "scale_b", "scale_g")
 
 def train_scales(graph: Graph, name: str, trains: bool) -> None:
     """Of the packed weight ``name``, train the scales as the group of that name, or nothing."""
-    for tensor in (f"{name}.{suffix}" for suffix in ("lut", *SCALES)):
+    for suffix in ("lut", "theta", *SCALES):
+        tensor = f"{name}.{suffix}"
         if tensor in graph.tensors():
-            chosen = trains and not tensor.endswith(".lut")
+            chosen = trains and suffix in SCALES
             graph.set_info(tensor, trainable=chosen, group="scales" if chosen else None)
 
 

@@ -67,7 +67,8 @@ def format_of(site: Site) -> Format:
         return Int8()
     if site.op in ("qc.dequantize_lut", "qc.fake_quantize_lut"):
         given = arguments(site)
-        return Lut.of({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in given.items()}, site.value)
+        form = Lut.of({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in given.items()}, site.value)
+        return replace(form, theta=True, symmetric=True, zero_free=True) if given["lut"].op != "get_attr" else form
     kind = site.node.args[2]
     assert kind in ("nf4", "fp4"), f"{site.name} unpacks {kind}"
     block = 2 * int(site.input(0).meta["val"].shape[1]) // int(site.input(1).meta["val"].shape[1])

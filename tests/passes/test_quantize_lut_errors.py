@@ -68,7 +68,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"scale": "none"},
-        "lut.train is scales, and lut.scale none leaves none to train\n"
+        "lut.train is scales, and lut.scale none leaves no scales to train\n"
         "  fix    set lut.train to none, or lut.scale to low-rank",
     ),
     (
