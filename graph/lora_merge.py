@@ -15,6 +15,7 @@ from graph.checkpoint import open_checkpoint
 from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.formats import (
+    Lut,
     dense_value,
     format_of,
     packed_sites,
@@ -24,7 +25,9 @@ from graph.formats import (
     update_packed,
     weight_name,
 )
-from graph.formats.format import chunks
+from graph.formats.format import chunks, unpack
+from graph.formats.lut_refit import refitted
+from graph.formats.repack import repack
 from graph.lora_base import base_weight, fingerprint, has_values, in_out, weight_tensors
 from graph.lora_sets import Update, updates
 from graph.ops import op_name
@@ -36,6 +39,9 @@ Into = Literal["full", "dequantized", "requantized"]
 SAME_CODES = 0.9
 """Share of its codes that a float weight must give again when it is packed, to be the one that was packed: the other
 tenth is for the dtype it may have had then. Another model gives less than a sixth of its 4-bit codes again."""
+
+SAME_SIGNS = 0.75
+"""The same for the signs of LUT weights, of which another model gives half again; one of 1 bit and up nearly all."""
 
 
 @dataclass(frozen=True)
@@ -191,20 +197,42 @@ def read_float_base(graph: Graph, site: Site, stored: Stored, *, force: bool) ->
     packed = stored_weight(site)
     assert isinstance(packed, Site)
     weight = stored.load().to(graph.device, graph.dtype)
-    codes, again = packed_tensors(graph, packed)["indices"], format_of(packed).pack(weight)["indices"]
-    same = float((codes == again.to(codes.device)).double().mean())
-    if same < SAME_CODES and not force:
+    same, least, what = _likeness(graph, packed, weight)
+    if same < least and not force:
         where = f"{stored.key} in {Path(stored.file).name}"
-        what = f"{where} is not what {site.name} was packed from: {same:.0%} of the codes agree"
+        told = f"{where} is not what {site.name} was packed from: {same:.0%} of the {what} agree"
         raise QcError(
-            what,
+            told,
             fix="set base to the checkpoint that was quantized, or force_base to true if you know better",
             site=site.name,
         )
     return weight.float()
 
 
-def merge_site(graph: Graph, found: Sequence[Update], into: Into, weight: Tensor | None = None) -> Kept | None:
+def _likeness(graph: Graph, packed: Site, weight: Tensor) -> tuple[float, float, str]:
+    """How much of a float weight is in a packed one, how much has to be, and of what.
+
+    Levels and scales of a LUT weight may have been trained since, so of it the signs are compared.
+    """
+    form, sides = format_of(packed), packed_tensors(graph, packed)
+    if isinstance(form, Lut):
+        signs = unpack(form, sides, torch.float32).sign() == weight.float().sign()
+        return float(signs.double().mean()), SAME_SIGNS, "signs"
+    codes, again = sides["indices"], form.pack(weight)["indices"]
+    return float((codes == again.to(codes.device)).double().mean()), SAME_CODES, "codes"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge left of the updates of one linear."""
+
+    kept: Kept
+
+    kept_scales: Kept | None = None
+    """What would have been left had the scales of a LUT weight stayed as they were; None for other weights."""
+
+
+def merge_site(graph: Graph, found: Sequence[Update], into: Into, weight: Tensor | None = None) -> Merged | None:
     """Merge the updates of one linear into its weight, or into ``weight`` in its place; None in a plan.
 
     The updates' own nodes stay: take them out with ``detach`` when all is merged.
@@ -218,14 +246,29 @@ def merge_site(graph: Graph, found: Sequence[Update], into: Into, weight: Tensor
     if isinstance(held, str):
         graph.set_tensor(held, _round(total, graph.dtype_of(held), held))
     elif into == "requantized":
-        update_packed(graph, held, format_of(held).pack(total))
-        stored = dense_value(graph, held, torch.float32)
-        return None if total.is_meta else measure(base, total, stored)
+        return _requantize(graph, held, base, total)
     else:
         held = store_dense(graph, held, _round(total, graph.dtype, weight_name(held)))
         graph.set_info(held, pinned=False)
         site.set_input(1, graph.read_node(held, before=site.node))
-    return None if total.is_meta else measure(base, total, graph.tensor(held))
+    return None if total.is_meta else Merged(measure(base, total, graph.tensor(held)))
+
+
+def _requantize(graph: Graph, packed: Site, base: Tensor, total: Tensor) -> Merged | None:
+    """Give a packed weight the values ``total``, in the format that it has; a LUT weight moves there from where it is.
+
+    base, total: f32 [out, in]
+    """
+    form, kept_scales = format_of(packed), None
+    if isinstance(form, Lut):
+        made = refitted(form, packed_tensors(graph, packed), total)
+        repack(graph, packed, form, made.packed)
+        if not total.is_meta:
+            kept_scales = measure(base, total, unpack(form, made.kept_scales, torch.float32))
+    else:
+        update_packed(graph, packed, form.pack(total))
+    stored = dense_value(graph, packed, torch.float32)
+    return None if total.is_meta else Merged(measure(base, total, stored), kept_scales)
 
 
 def _round(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -5,7 +5,9 @@
     after     up = linear(x, W)
 
 W is then what ``W + alpha / r B A`` rounds to where it is stored. The report says how much of the update that kept:
-little where it is smaller than the steps of a packed weight.
+little where it is smaller than the steps of a packed weight. Requantized, a LUT weight (in any form) moves from
+where it is to ``W + alpha / r B A``: scales, levels and indices together, which keeps more than picking indices anew
+would; the report has both, and the share of every linear.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 
 from graph import Graph, QcError, QcErrors, raise_all
 from graph.lora_base import fingerprint
-from graph.lora_merge import Into, Kept, changed_base, float_base, merge_site, obstacles, read_float_base
+from graph.lora_merge import Into, Kept, Merged, changed_base, float_base, merge_site, obstacles, read_float_base
 from graph.lora_sets import Update, detach, set_names, updates
 from passes.base import Close, Lossy, Pass, Report
 
@@ -86,11 +88,15 @@ class MergeLora(Pass):
         return Report(tuple(sites), _figures({name: k for name, k in kept.items() if k is not None}))
 
 
-def _figures(kept: dict[str, Kept]) -> dict[str, float | int | str]:
+NONE = Kept(0, 0, 0, 0)
+
+
+def _figures(merged: dict[str, Merged]) -> dict[str, float | int | str]:
     """What the report says; nothing of a plan."""
-    if not kept:
+    if not merged:
         return {}
-    total = sum(kept.values(), Kept(0, 0, 0, 0))
+    kept = {name: one.kept for name, one in merged.items()}
+    total = sum(kept.values(), NONE)
     trained = {name: k for name, k in kept.items() if k.update}
     figures: dict[str, float | int | str] = {
         "lora/survived": round(total.survived, 6),
@@ -101,4 +107,13 @@ def _figures(kept: dict[str, Kept]) -> dict[str, float | int | str]:
     if trained:
         worst = min(trained, key=lambda name: trained[name].survived)
         figures |= {"worst_survived": round(trained[worst].survived, 6), "worst_linear": worst}
-    return figures
+    return figures | _of_lut({name: one for name, one in merged.items() if one.kept_scales is not None})
+
+
+def _of_lut(merged: dict[str, Merged]) -> dict[str, float | int | str]:
+    """What survived with the scales kept, and how much in each LUT weight."""
+    if not merged:
+        return {}
+    kept_scales = sum((one.kept_scales for one in merged.values() if one.kept_scales is not None), NONE)
+    by_site = {f"survived/{name}": round(one.kept.survived, 6) for name, one in merged.items()}
+    return {"survived_with_scales_kept": round(kept_scales.survived, 6), **by_site}
