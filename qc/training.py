@@ -32,7 +32,8 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     compiled = load(folder / "compiled")
     start = time.perf_counter()
     graph = compiled.graph.materialize()
-    teacher = start_of(str(recipe.model), compiled.graph.dtype) if stage.train.objective.name == "kd" else None
+    taught = stage.train.objective.name == "kd" or stage.train.layerwise is not None
+    teacher = start_of(str(recipe.model), compiled.graph.dtype) if taught else None
     settings = with_cache(stage.train, recipe, run.folder.parent.parent, tell)
     report = train(
         graph, settings, tokenizer=compiled.load_tokenizer(), folder=folder / "train", teacher=teacher,

@@ -25,6 +25,27 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
     if train.auto_snap is not None and train.auto_snap.earliest >= train.steps:
         what = f"train.auto_snap cannot snap before step {train.auto_snap.earliest}, but training has {train.steps}"
         mistakes.add(node.map["auto_snap"].key, what, "lower every, patience or start")
+    if train.layerwise is not None:
+        _check_layerwise(train, node, mistakes)
+
+
+def _check_layerwise(train: Train, node: Node, mistakes: Mistakes) -> None:
+    """What a training by layers cannot do, and what it cannot do without."""
+    assert train.layerwise is not None
+    layerwise = node.map["layerwise"]
+    if not train.layerwise.order:
+        what = "train.layerwise.order names no layers"
+        mistakes.add(layerwise.map["order"].place, what, "write [mlp, attn] or [blocks]")
+    if train.layerwise.local == train.layerwise.kd == 0:
+        what = "train.layerwise has neither a local loss nor an objective"
+        mistakes.add(layerwise.key, what, "give local or kd a weight above 0")
+    if train.auto_snap is not None:
+        what = "train has both layerwise and auto_snap, to which layers that wait seem to rest"
+        mistakes.add(node.map["auto_snap"].key, what, "put auto_snap into a stage behind this one")
+    for name, group in (train.groups or {}).items():
+        if group.start_step:
+            what = f"train.groups.{name} has a start_step, but with layerwise every layer starts for itself"
+            mistakes.add(node.map["groups"].map[name].map["start_step"].key, what, "take start_step out")
 
 
 def check_data(work: Node, mistakes: Mistakes) -> None:

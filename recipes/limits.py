@@ -104,6 +104,13 @@ _AUTO_SNAP = _twin(
     start=Natural,
     **dict.fromkeys(("every", "patience"), Count),
 )
+_BACKTRACK = _twin(settings.Backtrack, ratio=Positive, limit=Count)
+_LAYERWISE = _twin(
+    settings.Layerwise,
+    steps_per_layer=Count,
+    backtrack=_BACKTRACK | None,
+    **dict.fromkeys(("local", "kd"), NotNegative),
+)
 _twin(
     settings.Train,
     objective=_any_of(OBJECTIVES, _objective_of),
@@ -114,6 +121,7 @@ _twin(
     clip=Positive | None,
     ema=Below1 | None,
     auto_snap=_AUTO_SNAP | None,
+    layerwise=_LAYERWISE | None,
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),

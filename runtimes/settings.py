@@ -16,6 +16,9 @@ from runtimes.data_settings import HubDataset as HubDataset
 from runtimes.data_settings import JsonLines as JsonLines
 from runtimes.data_settings import PythonStdlib as PythonStdlib
 from runtimes.data_settings import TextFiles as TextFiles
+from runtimes.training_settings import AutoSnap as AutoSnap
+from runtimes.training_settings import Backtrack as Backtrack
+from runtimes.training_settings import Layerwise as Layerwise
 
 if TYPE_CHECKING:
     from graph.select import Selector
@@ -117,31 +120,6 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoSnap:
-    """Rounds tensors to the fp16 grid and freezes them, once, when they have come to rest."""
-
-    select: Selector | Mapping[str, Any] | None = None
-    """Which trained tensors; without it the magnitudes of LUT scales, ``{name: '*.scale_g'}``."""
-
-    every: int = 25
-    """Optimizer steps between two looks at them."""
-
-    threshold: float = 0.01
-    """They rest while no value moves by more than this share of itself from one look to the next."""
-
-    patience: int = 2
-    """Looks in a row at which they have to rest."""
-
-    start: int = 0
-    """Optimizer steps before it begins to look."""
-
-    @property
-    def earliest(self) -> int:
-        """The optimizer steps after which it snaps if all rest from the start."""
-        return self.start + self.every * (self.patience + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Train:
     """How what is trainable is trained."""
 
@@ -189,6 +167,9 @@ class Train:
 
     ema: float | None = None
     """Decay of a moving average of the trained tensors, per optimizer step; the average is then the result."""
+
+    layerwise: Layerwise | None = None
+    """Train one layer after the other."""
 
     auto_snap: AutoSnap | None = None
     """Round magnitudes to fp16 and freeze them once they have come to rest."""

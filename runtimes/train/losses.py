@@ -30,6 +30,9 @@ class Features:
     bias: Tensor | None = None
     """[vocabulary]"""
 
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Input and output of every layer, where these are compared too."""
+
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""

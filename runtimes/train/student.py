@@ -6,8 +6,9 @@ result into the graph in any case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from graph.nest import nest
 from runtimes.data import Batch
 from runtimes.settings import Train
 from runtimes.train.distribute import Processes, fill
+from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
 from runtimes.train.objectives import cut_head, features
 
@@ -38,6 +40,10 @@ class Student:
         self.has_mode = "training" in graph.inputs
         work = graph.materialize().copy()
         self.cut = cut_head(work)
+        self.layers = [] if settings.layerwise is None else layers_of(work, settings.layerwise)
+        if self.layers:
+            ends = [node for layer in self.layers for node in (layer.x, layer.y)]
+            work.set_outputs([*work.output_nodes(), *ends])
         work.verify()
         fuse_dequantize(work)
         unnest_scales(work)
@@ -70,7 +76,17 @@ class Student:
         )
         with bf16:
             outputs: Any = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **mode)
-        return features(outputs, self.cut)
+        ends: tuple[Tensor, ...] = ()
+        if self.layers:
+            count = 2 * len(self.layers)
+            outputs, ends = outputs[:-count], outputs[-count:]
+            outputs = outputs if self.cut else outputs[0]
+        return replace(features(outputs, self.cut), layers=tuple(zip(ends[::2], ends[1::2], strict=True)))
+
+    def rest(self, names: Collection[str]) -> None:
+        """Compute no gradients of these trained tensors from now on, and those of all others."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name not in names)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Give the trained tensors these values."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graph import Graph
+from graph import Graph, QcError
 from runtimes.data import Batch
 from runtimes.settings import Train
 from runtimes.train.auto_snap import COLUMNS, Snapper
@@ -22,7 +22,10 @@ from runtimes.train.distribute import Processes, fill, local, whole
 from runtimes.train.gradients import Norms, prepare
 from runtimes.train.groups import Members, memory, optimizer, remember
 from runtimes.train.identity import digest, identity
-from runtimes.train.objectives import loss_of
+from runtimes.train.layerwise import COLUMNS as LAYER_COLUMNS
+from runtimes.train.layerwise import LayerLoss, Layers, layer_loss
+from runtimes.train.losses import Features
+from runtimes.train.objectives import Loss, loss_of
 from runtimes.train.report import perplexity
 from runtimes.train.schedules import rate
 from runtimes.train.student import Student
@@ -66,7 +69,13 @@ class Trainer:
         self.student, self.settings, self.groups, self.text = student, settings, groups, text
         self.processes, self.seed = processes, seed
         self.start = digest(student.graph, student.parameters)
-        self.loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
+        self.loss: Loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
+        self.layers: Layers | None = None
+        if settings.layerwise is not None:
+            if processes.count > 1:
+                raise QcError("layers train one after the other in one process", fix="launch qc train by itself")
+            self.loss = layer_loss(settings.layerwise, self.loss, teacher, student.dtype, processes.device)
+            self.layers = Layers(settings.layerwise, student.layers, list(student.parameters), settings.steps)
         self.optimizer = optimizer(groups, student.parameters, student.graph, settings.optimizer)
         self.average: dict[str, Tensor] | None = None
         if settings.ema is not None:
@@ -83,13 +92,15 @@ class Trainer:
         batches = self._batches(first_row)
         counts = [(int((b.labels >= 0).sum()), int((b.attention_mask > 0).sum())) for b in batches]
         labels, tokens = self._sum(sum(n for n, _ in counts), sum(n for _, n in counts))
+        if self.layers is not None:
+            self.student.rest(self._frozen())
         total, terms = torch.zeros((), device=self.processes.device), dict[str, Tensor]()
         scale = self.processes.count / max(labels, 1)  # gradients are averaged over the processes
         for nth, batch in enumerate(batches):
             self._seed(number, nth)
             with self.processes.accumulating(self.student.module, last=nth == len(batches) - 1):
                 here = batch.to(self.processes.device)
-                loss, parts = self.loss(self.student(here, training=True), here, number)
+                loss, parts = self._loss(self.student(here, training=True), here, number)
                 torch.autograd.backward(loss * scale)
             total += loss.detach()
             terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
@@ -104,8 +115,26 @@ class Trainer:
         notes: tuple[str, ...] = ()
         if self.snapper is not None:
             figures, notes = self.snapper.after(number + 1, self.student.parameters, self.average)
+        if self.layers is not None:
+            figures |= self.layers.figures()
+            notes, anew = self.layers.after(number + 1, value)
+            for name in anew:
+                self.optimizer.state.pop(self.student.parameters[name], None)
         parted = dict(zip(terms, means[1:].tolist(), strict=True))
         return Step(value, tokens, self._rows_a_pass() * len(batches), norms, rates, parted, figures, notes)
+
+    def _loss(self, features: Features, batch: Batch, number: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of a batch, of the layer that trains if it is but one; a local loss that is no number says whose."""
+        if self.layers is None or not self.layers.current:
+            return self.loss(features, batch, number)
+        assert isinstance(self.loss, LayerLoss)
+        loss, terms = self.loss.of_layer(self.layers.at, features, batch, number)
+        if not torch.isfinite(terms["local"]):
+            raise QcError(
+                f"the local loss of {self.layers.current} is {float(terms['local'])} at step {number + 1}",
+                fix="lower its learning rate or lengthen the warm-up; the last checkpoint is whole",
+            )
+        return loss, terms
 
     def _follow(self) -> None:
         """Move the average a little towards the trained tensors."""
@@ -154,11 +183,14 @@ class Trainer:
         return found
 
     def _frozen(self) -> frozenset[str]:
-        """The tensors that trained and do no more."""
+        """The tensors that trained and do no more, or that wait for their turn."""
+        if self.layers is not None:
+            return self.layers.resting(list(self.student.parameters))
         return frozenset(self.snapper.names if self.snapper is not None and self.snapper.frozen else ())
 
     def _set_rates(self, step: int) -> dict[str, float]:
-        rates = {m.name: rate(m.group, step, self.settings.steps) for m in self.groups}
+        place, end = self.layers.place(step) if self.layers is not None else (step, self.settings.steps)
+        rates = {m.name: rate(m.group, place, end) for m in self.groups}
         for entry in self.optimizer.param_groups:
             entry["lr"] = rates[entry["group"]]
         return rates
@@ -204,7 +236,7 @@ class Trainer:
     @property
     def figures(self) -> tuple[str, ...]:
         """The names of what a step may log beside its loss."""
-        return COLUMNS if self.snapper is not None else ()
+        return (*(COLUMNS if self.snapper is not None else ()), *(LAYER_COLUMNS if self.layers is not None else ()))
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -218,6 +250,8 @@ class Trainer:
             found["average"] = {name: whole(value) for name, value in self.average.items()}
         if self.snapper is not None:
             found["auto_snap"] = self.snapper.tensors()
+        if self.layers is not None:
+            found["layerwise"] = self.layers.state()
         return found
 
     def load(self, path: Path) -> None:
@@ -229,12 +263,14 @@ class Trainer:
                 fill(self.average[name], value)
         if self.snapper is not None:
             self.snapper.load(load(path, "auto_snap"))
+        if self.layers is not None:
+            self.layers.load(load(path, "layerwise"))
 
     def give_back(self) -> None:
         """Put the result, the average if there is one, into the graph; what was frozen on the way stays so."""
         result = self.student.parameters if self.average is None else self.average
         self.student.give_back({name: whole(value) for name, value in result.items()})
-        for name in self._frozen():
+        for name in self._frozen() if self.snapper is not None else ():
             self.student.graph.set_info(name, trainable=False, group=None)
 
     def last_words(self) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ SECTIONS = {
     "Probe": "[probe](#probe)",
     "Train": "[train](#train)",
     "Group": "[group](#groups)",
+    "Layerwise": "[layerwise](#layerwise)",
+    "Backtrack": "[backtrack](#layerwise)",
     "AutoSnap": "[auto_snap](#auto_snap)",
     "Evaluate": "[evaluate](#evaluate)",
     "Cache": "[cache](#cache)",

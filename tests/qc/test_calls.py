@@ -96,7 +96,7 @@ SILLY = [
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",
-     "give a path, or one of fp16, kd-cache, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart"),
+     "give a path, or one of fp16, kd-cache, lut-layerwise, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart"),
     ("show tiny", "tiny is neither an artifact nor a run nor a recipe",
      "give a folder that qc compile wrote, or a recipe"),
     ("show recipe.yaml --stage tun", "recipe.yaml has no stage 'tun'", "its stages are tune, merge"),

@@ -1,0 +1,66 @@
+"""What a training can be told of what rests and what trains when: the keys of two parts of ``train:``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from graph.select import Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSnap:
+    """Rounds tensors to the fp16 grid and freezes them, once, when they have come to rest."""
+
+    select: Selector | Mapping[str, Any] | None = None
+    """Which trained tensors; without it the magnitudes of LUT scales, ``{name: '*.scale_g'}``."""
+
+    every: int = 25
+    """Optimizer steps between two looks at them."""
+
+    threshold: float = 0.01
+    """They rest while no value moves by more than this share of itself from one look to the next."""
+
+    patience: int = 2
+    """Looks in a row at which they have to rest."""
+
+    start: int = 0
+    """Optimizer steps before it begins to look."""
+
+    @property
+    def earliest(self) -> int:
+        """The optimizer steps after which it snaps if all rest from the start."""
+        return self.start + self.every * (self.patience + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backtrack:
+    """Trains a layer again if the next one starts badly."""
+
+    ratio: float = 10.0
+    """How many times the loss at which the layer before ended a layer may start at."""
+
+    limit: int = 2
+    """How often one and the same layer may ask for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise:
+    """Trains one layer after the other, towards what each did before the passes; what steps are left train all."""
+
+    order: tuple[Literal["mlp", "attn", "blocks"], ...] = ("mlp", "attn")
+    """Which layers, one kind after the other, each from the first block to the last."""
+
+    steps_per_layer: int
+    """Optimizer steps of each."""
+
+    local: float = 0.5
+    """Weight of the local loss: how far the layer's output is from that of the layer before the passes."""
+
+    kd: float = 0.5
+    """Weight of the objective beside it."""
+
+    backtrack: Backtrack | None = None
+    """When to train the layer before once more."""
