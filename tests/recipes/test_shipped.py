@@ -18,9 +18,21 @@ def test_every_shipped_recipe_says_what_it_is_for() -> None:
     assert told["fp16"].startswith("The model as it is, in FP16 safetensors")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "qlora"])
-def test_the_steps_of_the_shipped_recipes_are_set_by_their_names(name: str) -> None:
-    recipe = load(name, {"lora.rank": 3, "tune.train.steps": 7})
+@pytest.mark.parametrize(
+    ("name", "stage", "step", "option", "path"),
+    [
+        ("quickstart", "scales", "base.lut.rank", 3, ("quantize-base", "lut", "rank")),
+        ("qlora", "tune", "lora.rank", 3, ("add-lora", "rank")),
+    ],
+)
+def test_the_steps_of_the_shipped_recipes_are_set_by_their_names(
+    name: str, stage: str, step: str, option: int, path: tuple[str, ...]
+) -> None:
+    preset = {"base.lut.preset": None, "base.lut.bits": 2} if name == "quickstart" else {}
+    recipe = load(name, {step: option, f"{stage}.train.steps": 7, **preset})
     assert recipe.stages[0].train
     assert recipe.stages[0].train.steps == 7
-    assert recipe.resolved()["stages"][0]["passes"][1]["add-lora"]["rank"] == 3
+    found = [each for each in recipe.resolved()["stages"][0]["passes"] if path[0] in each]
+    for key in path:
+        found = found[0][key] if isinstance(found, list) else found[key]
+    assert found == option
