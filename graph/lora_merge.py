@@ -30,6 +30,7 @@ from graph.formats.lut_refit import refitted
 from graph.formats.repack import repack
 from graph.lora_base import base_weight, fingerprint, has_values, in_out, weight_tensors
 from graph.lora_sets import Update, updates
+from graph.moments import take_moments
 from graph.ops import op_name
 from graph.sites import Site
 from graph.weights import Stored
@@ -261,7 +262,7 @@ def _requantize(graph: Graph, packed: Site, base: Tensor, total: Tensor) -> Merg
     """
     form, kept_scales = format_of(packed), None
     if isinstance(form, Lut):
-        made = refitted(form, packed_tensors(graph, packed), total)
+        made = refitted(form, packed_tensors(graph, packed), total, take_moments(graph, weight_name(packed)))
         repack(graph, packed, form, made.packed)
         if not total.is_meta:
             kept_scales = measure(base, total, unpack(form, made.kept_scales, torch.float32))

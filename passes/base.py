@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from graph import Graph, QcError, Selector, Site
 
@@ -52,6 +54,9 @@ class Report:
     figures: dict[str, float | int | str] = field(default_factory=dict)
     """What it measured on the way, under names a reader understands."""
 
+
+ReadText = Callable[[Any, int, int, int], Iterable[Mapping[str, Tensor]]]
+"""Given data, tokens, tokens a row and rows a batch: batches of inputs of a causal language model."""
 
 EVERYTHING = Selector()
 
@@ -102,6 +107,10 @@ class Pass(ABC):
     def check(self, graph: Graph) -> Sequence[QcError]:
         """All mistakes that shapes show, without weights. The default has none to report."""
         return ()
+
+    def reading(self, read: ReadText) -> Pass:
+        """The pass, able to read text; the same one where it needs none."""
+        return self
 
     @classmethod
     def options(cls) -> dict[str, Any]:

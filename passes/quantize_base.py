@@ -43,6 +43,7 @@ from graph.formats import (
 )
 from graph.formats.ahead import worked_ahead
 from graph.formats.lut_levels import derive_levels
+from graph.moments import take_moments
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,7 +177,8 @@ class QuantizeBase(Pass):
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = form.pack(w)
+        moments = take_moments(graph, weight)
+        packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
         assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
         return weight, site, Packing(w, form, packed, found)

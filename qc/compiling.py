@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from recipes.schema import PassStep, Recipe, Stage
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Tell = Callable[[str], None]
+
+Reader = Callable[..., Iterator[dict[str, Any]]]
 
 
 def compile_stage(
@@ -37,7 +39,7 @@ def compile_stage(
         tell(f"{stage_name(stage)}compiled before: {known}")
         return folder
     start = time.perf_counter()
-    _compile(folder, recipe, stage, parent, check, tell)
+    _compile(folder, recipe, stage, parent, check, tell, index.parent / "tokens")
     index.parent.mkdir(parents=True, exist_ok=True)
     write_text(index, f"{folder.resolve()}\n")
     run.measure(step_name(stage, "compiled"), seconds=time.perf_counter() - start)
@@ -71,14 +73,15 @@ def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
     ]
 
 
-def _compile(folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell) -> None:
+def _compile(
+    folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell, texts_in: Path
+) -> None:
     import torch
 
     import qc
     from graph import capture
-    from graph.artifact import load, save
+    from graph.artifact import load, load_tokenizer, save
     from graph.checkpoint import locate
-    from passes.runner import apply
     from recipes.lock import text as lock_text
 
     _expect_one_model(recipe)
@@ -97,26 +100,52 @@ def _compile(folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, ch
         "recipe.lock.yaml": lock_text(recipe),
         "passes/00-start.txt": f"{graph}\n",
     }
-    reports = []
-    for number, step in enumerate(stage.passes, 1):
-        torch.manual_seed(recipe.seed)
-        start = time.perf_counter()
-        report = run_step(
-            step,
-            lambda s: apply(
-                s.step, graph, check=check, batch=recipe.probe.batch, length=recipe.probe.length, line=s.line
-            ),
-        )
-        reports.append(
-            {"pass": step.kind, "name": step.name, "seconds": round(time.perf_counter() - start, 3), **asdict(report)}
-        )
-        texts[f"passes/{number:02}-{step.name}.txt"] = f"{graph}\n"
-        tell(f"{stage_name(stage)}{step.name}: {len(report.changed)} sites{_figures(report.figures)}")
+    read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, str(recipe.model)))
+    reports = _rewrite(graph, recipe, stage, read, check, tell, texts)
     about = {
         "kind": "compiled", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name, "reports": reports,
         "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": identity(str(recipe.model)),
     }  # fmt: skip
     save(folder, graph, texts=texts, tokenizer=tokenizer, parent=parent_digest, about=about)
+
+
+def _rewrite(
+    graph: Any, recipe: Recipe, stage: Stage, read: Reader, check: bool, tell: Tell, texts: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Run the passes of a stage; their reports. The graph behind each goes into ``texts``."""
+    import torch
+
+    from passes.runner import apply
+
+    reports = []
+    sizes = {"batch": recipe.probe.batch, "length": recipe.probe.length}
+    for number, step in enumerate(stage.passes, 1):
+        torch.manual_seed(recipe.seed)
+        start = time.perf_counter()
+        report = run_step(step, lambda s: apply(s.step.reading(read), graph, check=check, line=s.line, **sizes))
+        reports.append(
+            {"pass": step.kind, "name": step.name, "seconds": round(time.perf_counter() - start, 3), **asdict(report)}
+        )
+        texts[f"passes/{number:02}-{step.name}.txt"] = f"{graph}\n"
+        tell(f"{stage_name(stage)}{step.name}: {len(report.changed)} sites{_figures(report.figures)}")
+    return reports
+
+
+def _reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
+    """Batches of the text that a pass asks for, of documents that are trained on, never of those held out."""
+
+    def read(data: Any, tokens: int, length: int, batch: int) -> Iterator[dict[str, Any]]:
+        from runtimes.data.corpus import Corpus
+
+        corpus = Corpus(data, recipe.file.parent)
+        same: dict[str, Any] = {"tokenizer": tokenizer(), "length": length, "cache": cache, "seed": recipe.seed}
+        rows = corpus.rows("train", enough=tokens, **same)
+        wanted = range(min(len(rows), -(-tokens // length)))
+        for start in wanted[::batch]:
+            found = rows.batch(wanted[start : start + batch])
+            yield {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
+
+    return read
 
 
 def _expect_one_model(recipe: Recipe) -> None:

@@ -116,10 +116,10 @@ def _write_short_forms(defs: Schema) -> None:
     long = objective.pop("oneOf")
     objective.pop("default")
     objective["anyOf"] = [{"enum": list(OBJECTIVES)}, short, *long]
-    for section in ("Train", "Evaluate", "Cache"):
+    for one in defs.values():
         for key in ("data", "eval_data"):
-            if key in defs[section]["properties"]:
-                data = defs[section]["properties"][key]
+            if key in one.get("properties", {}):
+                data = one["properties"][key]
                 kinds = data.pop("oneOf", None) or data["anyOf"]
                 data["anyOf"] = [{"enum": list(NAMED_SOURCES)}, *kinds]
 

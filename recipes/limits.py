@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import Field as OptionField
 from types import GenericAlias
 from typing import Annotated, Any, Union
 
@@ -143,8 +144,18 @@ _twin(
 )
 
 
+def is_data(option: OptionField[Any]) -> bool:
+    """Whether an option of a pass is a source of data."""
+    return bool(option.metadata.get("data"))
+
+
 def strict(kind: type[Any]) -> type[Any]:
-    """The twin of ``kind`` that validates; ``kind`` itself, where it has none."""
+    """The twin of ``kind`` that validates; ``kind`` itself, where it has none.
+
+    A pass has one if some of its options are data, which is read as all data is.
+    """
+    if kind not in _TWINS and is_dataclass(kind) and (data := [one.name for one in fields(kind) if is_data(one)]):
+        _twin(kind, **dict.fromkeys(data, _DATA))
     return _TWINS.get(kind, kind)
 
 

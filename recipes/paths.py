@@ -26,16 +26,21 @@ def resolve(root: Node, mistakes: Mistakes) -> None:
     for node in models:
         _model(node, mistakes)
     for named, data in data_nodes(root):
-        for key in ("text", "jsonl"):
-            if key in data.map and (key == "jsonl" or not {"jsonl", "hf"} & set(data.map)):
-                for node in data.map[key].list or [data.map[key]]:
-                    _glob(node, f"{named}.{key}", mistakes)
-        if "hf" in data.map:
-            _dataset(data.map["hf"], f"{named}.hf", mistakes)
+        resolve_data(data, named, mistakes)
     for work in workers(root):
         train = work.map.get("train")
         if train is not None and "objective" in train.map and "cache" in train.map["objective"].map:
             _cache(train.map["objective"].map["cache"], mistakes)
+
+
+def resolve_data(data: Node, named: str, mistakes: Mistakes) -> None:
+    """The same for one source of data."""
+    for key in ("text", "jsonl"):
+        if key in data.map and (key == "jsonl" or not {"jsonl", "hf"} & set(data.map)):
+            for node in data.map[key].list or [data.map[key]]:
+                _glob(node, f"{named}.{key}", mistakes)
+    if "hf" in data.map:
+        _dataset(data.map["hf"], f"{named}.hf", mistakes)
 
 
 def resolve_option(node: Node, named: str, mistakes: Mistakes) -> None:

@@ -32,14 +32,15 @@ def write_out(root: Node, mistakes: Mistakes) -> None:
     """Bring all short forms of ``root`` into their long form; what is long already stays."""
     for named, node in data_nodes(root):
         if node.value is not None and not node.bad:
-            _data(node, named, mistakes)
+            write_out_data(node, named, mistakes)
     for work in workers(root):
         if "train" in work.map and "objective" in work.map["train"].map:
             _objective(work.map["train"].map["objective"], mistakes)
     write_out_steps(root)
 
 
-def _data(node: Node, named: str, mistakes: Mistakes) -> None:
+def write_out_data(node: Node, named: str, mistakes: Mistakes) -> None:
+    """``python-stdlib`` as ``{source: python-stdlib}``; tell what is no source of data."""
     keys = list(node.map)
     if any(key in SOURCES for key in keys):
         return

@@ -10,11 +10,13 @@ from graph.errors import QcError
 from passes import registry
 from recipes.document import Node
 from recipes.kinds import fields_at
+from recipes.limits import is_data
 from recipes.mistakes import Mistakes, nearest
-from recipes.paths import resolve_option
+from recipes.paths import resolve_data, resolve_option
 from recipes.schema import PassStep
 from recipes.section import read
 from recipes.selectors import check_selectors
+from recipes.shorthand import write_out_data
 from recipes.words import said
 
 BESIDE = ("name", "on")
@@ -91,6 +93,9 @@ class Steps:
         for option in fields(cls):
             if option.metadata.get("path") and option.name in options.map:
                 resolve_option(options.map[option.name], f"{kind}.{option.name}", self.mistakes)
+            if is_data(option) and option.name in options.map and not options.map[option.name].bad:
+                write_out_data(options.map[option.name], f"{kind}.{option.name}", self.mistakes)
+                resolve_data(options.map[option.name], f"{kind}.{option.name}", self.mistakes)
         on = node.map["on"].value if "on" in node.map else None
         if (step := read(cls, options, kind, self.mistakes)) is None:
             return None

@@ -112,10 +112,10 @@ class Lut:
             return QcError(what, fix=f"set lut.rank to at most {min(rows, groups)}{narrower}")
         return None
 
-    def pack(self, w: Tensor) -> dict[str, Tensor]:
-        """w: [out, in], float  ->  the side tensors, as in the class."""
+    def pack(self, w: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+        """w: [out, in], float    moments: [in], the inputs' mean squares, or None  ->  the side tensors."""
         assert w.shape[1] == self.columns, f"a weight of {w.shape[1]} columns in a format of {self.columns}"
-        lut, scales = self._fitted(w)
+        lut, scales = self._fitted(w, moments)
         lut = trainable_levels(lut) if self.theta else lut
         dtype = torch.float16 if self.baked else torch.float32
         sides = {suffix: _own(value, dtype) for suffix, value in {"lut": lut, **scales}.items()}
@@ -124,10 +124,10 @@ class Lut:
         weight = LatentWeight(w, lut, self._factors(sides), self.floor)
         return {"indices": pack_bits(weight.all_codes(), bits_for(self.levels)), **sides}
 
-    def _fitted(self, w: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _fitted(self, w: Tensor, moments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Levels, and scales by suffix, for a weight."""
         if self.scale == "none":
-            return self._levels(w, None), {}
+            return self._levels(w, None, moments), {}
         group = {"channel": None if self.fit == "mse" else self.columns}.get(self.scale, self.group)
         rank = self.rank if self.scale == "low-rank" else None
         if self.fit == "mse":
@@ -136,6 +136,7 @@ class Lut:
                 self.levels,
                 rank=rank,
                 group=group,
+                moments=moments,
                 rows_per_lut=self.rows_per_lut,
                 symmetric=self.symmetric,
                 zero_free=self.zero_free,
@@ -145,9 +146,9 @@ class Lut:
         scale = group_absmax(w, group)
         parts = (None, None, None) if rank is None else low_rank_of_groups(scale, group, self.columns, rank)
         scales = self._named(scale if rank is None else None, *parts)
-        return self._levels(w, dense_scale(self._factors(scales), self.columns, self.floor)), scales
+        return self._levels(w, dense_scale(self._factors(scales), self.columns, self.floor), moments), scales
 
-    def _levels(self, w: Tensor, s: Tensor | None) -> Tensor:
+    def _levels(self, w: Tensor, s: Tensor | None, moments: Tensor | None) -> Tensor:
         """Levels for ``w / S`` [out, in]: what is off at a weight counts as often as its scale squared."""
         normed = w if s is None else w.float() / apart_from_zero(s)
         step = self.rows_per_lut or w.shape[0]
@@ -155,6 +156,8 @@ class Lut:
         for start in range(0, w.shape[0], step):
             rows = normed[start : start + step]
             importance = None if s is None else s[start : start + step].square()
+            if moments is not None and has_data(w):
+                importance = moments.expand_as(rows) if importance is None else importance * moments
             if not self.uniform:
                 options = {"symmetric": self.symmetric, "zero_free": self.zero_free}
                 found.append(fit_levels(rows, self.levels, importance, **options))

@@ -57,7 +57,7 @@ def updated(page: str) -> str:
     """The page with every table as the code has it."""
     text = (ROOT / page).read_text(encoding="utf-8")
     made = PLACE.sub(lambda match: match[1] + table(match["name"]) + "\n", text)
-    return made if page == PAGES[0] else made.replace("](#selectors)", "](recipes.md#selectors)")
+    return made if page == PAGES[0] else re.sub(r"\]\((#selectors|#data)\)", r"](recipes.md\1)", made)
 
 
 def table(name: str) -> str:

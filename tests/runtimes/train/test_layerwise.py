@@ -232,7 +232,7 @@ def test_a_tensor_that_no_layer_trains_is_an_error_unless_steps_are_left() -> No
 
 def test_a_layer_without_trainable_tensors_and_a_missing_teacher_are_errors(tmp_path: Path, data: TextFiles) -> None:
     graph = tiny_graph("mlp")
-    with pytest.raises(QcError, match="nothing in attn.0 is trainable"):
+    with pytest.raises(QcError, match=r"nothing in attn\.0 is trainable"):
         run(graph, chosen(data), tmp_path, teacher=tiny_graph())
     from runtimes.settings import CausalLm
 

@@ -1,0 +1,165 @@
+"""calibrate: what linears read is measured, kept, used once, and gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graph import Graph, QcError, Selector, capture
+from graph.formats import LutOptions, dense_value, packed_sites
+from passes.add_lora import AddLora
+from passes.calibrate import Calibrate
+from passes.merge_lora import MergeLora
+from passes.quantize_base import QuantizeBase
+from passes.runner import apply
+from tests.passes.test_merge_lora import train
+
+
+@cache
+def model() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen3Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                         intermediate_size=128, vocab_size=100, tie_word_embeddings=True)  # fmt: skip
+    made = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():  # a few columns far larger than the others, as trained models have them
+        for layer in made.model.layers:
+            layer.input_layernorm.weight[::16] = 8
+            layer.post_attention_layernorm.weight[::16] = 8
+    return made
+
+
+def rows(data: Any, tokens: int, length: int, batch: int) -> Iterator[Mapping[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(tokens // (length * batch)):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[0, length // 2 :] = 0
+        yield {"input_ids": torch.randint(0, 100, (batch, length), generator=generator), "attention_mask": mask}
+
+
+STEP = Calibrate(data=None, tokens=256, length=16, batch=4).reading(rows)
+UP = "model.layers.1.mlp.up_proj"
+
+
+def test_the_graph_looks_as_before_and_the_moments_lie_beside_the_weights() -> None:
+    graph = capture(model())
+    text = str(graph)
+    report = apply(STEP, graph)
+    assert str(graph) == text
+    assert len(report.changed) == 14
+    assert f"{UP}.weight_moments" in report.changed
+    assert report.figures == {"linears": 14, "tokens": 256}
+    assert apply(STEP, graph).changed == report.changed
+
+
+def test_they_are_the_mean_squares_of_what_a_linear_reads_where_there_is_no_padding() -> None:
+    graph, seen = capture(model()), []
+    apply(STEP, graph)
+    hook = model().get_submodule(UP).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    kept = []
+    for batch in rows(None, 256, 16, 4):
+        with torch.no_grad():
+            model()(**batch)
+        kept.append(batch["attention_mask"] > 0)
+    hook.remove()
+    inputs = torch.cat([x[mask] for x, mask in zip(seen, kept, strict=True)])
+    torch.testing.assert_close(graph.tensor(f"{UP}.weight_moments"), inputs.square().mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_graph_on_disk_streams_its_weights_and_measures_the_same(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    lazy, whole = capture(str(tmp_path)), capture(model())
+    apply(STEP, lazy, check=False)
+    apply(STEP, whole)
+    assert lazy.lazy()
+    name = f"{UP}.weight_moments"
+    torch.testing.assert_close(lazy.tensor(name), whole.tensor(name))
+
+
+def output_error(graph: Graph) -> float:
+    """By how much the outputs of all packed linears are off on the text, relative to what they are."""
+    moments = capture(model())
+    apply(STEP, moments)
+    off = total = 0.0
+    for site in packed_sites(graph):
+        name = site.name.partition("/")[0]
+        w, m = moments.tensor(name).detach(), moments.tensor(f"{name}_moments")
+        off += float(((dense_value(graph, site) - w).square() * m).sum())
+        total += float((w.square() * m).sum())
+    return off / total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 2, "rank": 8, "group": 8},
+        {"bits": 4, "rank": 8, "group": 8},
+        {"bits": 2, "scale": "group", "group": 16},
+        {"bits": 2, "rank": 8, "group": 8, "fit": "absmax"},
+        {"bits": 3, "scale": "none", "train": "none"},
+        {"bits": 2, "rank": 8, "group": 8, "form": "latent"},
+    ],
+)
+def test_weights_packed_by_them_give_outputs_that_are_less_off(options: dict[str, Any]) -> None:
+    step = QuantizeBase(scheme="lut", lut=LutOptions(**options))
+    plain, weighed = capture(model()), capture(model())
+    apply(step, plain, check=False)
+    apply(STEP, weighed)
+    apply(step, weighed)
+    assert output_error(weighed) < 0.97 * output_error(plain)
+    assert not [name for name in weighed.tensors() if name.endswith("_moments")]
+
+
+def test_other_schemes_take_them_away_too() -> None:
+    graph = capture(model())
+    apply(STEP, graph)
+    apply(QuantizeBase(), graph)
+    assert not [name for name in graph.tensors() if name.endswith("_moments")]
+
+
+def test_a_merge_into_lut_weights_uses_them() -> None:
+    errors = []
+    for steps in ((), (STEP,)):
+        graph = capture(model())
+        apply(QuantizeBase(scheme="lut", lut=LutOptions(bits=2, rank=8, group=8)), graph, check=False)
+        apply(AddLora(rank=4, select=Selector(role="mlp.*")), graph)
+        train(graph, 0.05)
+        for step in steps:
+            apply(step, graph)
+        apply(MergeLora(into="requantized"), graph)
+        weights = [dense_value(graph, site) for site in packed_sites(graph) if "mlp" in site.name]
+        assert all(bool(torch.isfinite(w).all()) for w in weights)
+        assert not [name for name in graph.tensors() if "mlp" in name and name.endswith("_moments")]
+        errors.append(torch.cat([w.flatten() for w in weights]))
+    assert not torch.equal(*errors)
+
+
+def test_a_plan_has_moments_without_values() -> None:
+    graph = capture(model().config)
+    Calibrate(data=None).run(graph)
+    graph.verify()
+    assert graph.tensor(f"{UP}.weight_moments").is_meta
+    QuantizeBase(scheme="lut", lut=LutOptions(bits=2, rank=4, group=8)).run(graph)
+    graph.verify()
+    assert f"{UP}.weight_moments" not in graph.tensors()
+
+
+def test_without_text_it_says_so() -> None:
+    with pytest.raises(QcError) as caught:
+        apply(Calibrate(data=None), capture(model()))
+    assert str(caught.value) == (
+        "calibrate has no text to read\n  fix    run it from a recipe, or give it text with reading()"
+    )
+
+
+def test_sizes_that_cannot_be_are_told() -> None:
+    with pytest.raises(QcError) as caught:
+        Calibrate(data=None, tokens=0)
+    assert str(caught.value) == "tokens is 0\n  fix    give a number from 1"
