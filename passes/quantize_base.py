@@ -51,6 +51,15 @@ RELEASE_EVERY = 64 << 20
 """Bytes of float weights after which what they took is given back to the system."""
 
 
+class Read(NamedTuple):
+    """One weight, and what ``calibrate`` left of its input."""
+
+    name: str
+    site: Site
+    w: torch.Tensor
+    moments: torch.Tensor | None
+
+
 class Packing(NamedTuple):
     """One weight, packed."""
 
@@ -160,7 +169,7 @@ class QuantizeBase(Pass):
             if weight is not None and weight not in chosen:
                 chosen[weight] = site
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
-        read = ((name, site, graph.tensor(name).detach()) for name, site in chosen.items())
+        read = (Read(n, site, graph.tensor(n).detach(), take_moments(graph, n)) for n, site in chosen.items())
         on_host = graph.device.type == "cpu"
         for weight, site, packing in worked_ahead(self._packing, read, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
@@ -170,14 +179,13 @@ class QuantizeBase(Pass):
                 release_freed()
         return Report(tuple(changed), figures.summary())
 
-    def _packing(self, read: tuple[str, Site, torch.Tensor]) -> tuple[str, Site, Packing]:
+    def _packing(self, read: Read) -> tuple[str, Site, Packing]:
         """Pack one weight, and compare it with what it unpacks to."""
-        weight, site, w = read
+        weight, site, w, moments = read
         form = self.form_for(site.role, tuple(w.shape))
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        moments = take_moments(graph, weight)
         packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
         assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"

@@ -137,7 +137,8 @@ def ours(bench: Bench, name: str, lut: dict[str, Any], trained: bool = False) ->
     from tools.quality import stored_bits
 
     said = {**lut, **({"form": "latent", "train": "weights"} if trained else {"train": "none"})}
-    stage: dict[str, Any] = {"name": "main", "passes": [{"quantize-base": {"scheme": "lut", "lut": said}}]}
+    calibrate = {"calibrate": {"data": "python-stdlib", "tokens": 16384}}
+    stage: dict[str, Any] = {"name": "main", "passes": [calibrate, {"quantize-base": {"scheme": "lut", "lut": said}}]}
     if trained:
         stage["train"] = {
             "objective": {"kd": {"temperature": TEMPERATURE}}, "data": "python-stdlib", "steps": bench.steps,
