@@ -71,7 +71,7 @@ def train(run: RunArg = None, runs: Runs = RUNS, json: Json = False) -> None:
 def export(
     run: RunArg = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors.")
+        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors or ane.")
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
     out: Annotated[
@@ -81,13 +81,19 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace what was exported before, once the new is whole.")
     ] = False,
+    chip: Annotated[str | None, typer.Option(help="ane: chips and system, as m1-macos15.")] = None,
+    context: Annotated[int | None, typer.Option(help="ane: tokens that the cache holds.")] = None,
+    prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
+    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Write the newest artifact of a run (or any artifact) for another runtime, load it back and compare."""
     from qc.commands import export_command
 
-    export_command(run, target, dtype, out, verify, force, runs, json)
+    options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
+    export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 
 @app.command()

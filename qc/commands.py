@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def export_command(
     force: bool,
     runs: Path,
     as_json: bool,
+    options: Mapping[str, Any],
 ) -> None:
     """``qc export``."""
     with explained(as_json):
         from qc.exporting import export_newest
 
-        found = export_newest(given, target, dtype, out, verify, force, runs, tell)
+        found = export_newest(given, target, dtype, out, verify, force, runs, tell, options)
         result(found, as_json, lambda: str(found["folder"]))
 
 
