@@ -199,6 +199,7 @@ def generate_command(
     given: str | None,
     settings: dict[str, Any],
     chat: bool,
+    mode: str | None,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -206,10 +207,10 @@ def generate_command(
     with explained(as_json):
         if prompt is None and not interactive:
             raise QcError("there is no prompt", fix='give --prompt "def main(" or --interactive')
-        from qc.speaking import Speaker
+        from qc.speaking import open_speaker
         from runtimes.sampling import Sampling
 
-        speaker = Speaker(find_artifact(given, runs), Sampling(**settings), chat)
+        speaker = open_speaker(given, runs, mode, Sampling(**settings), chat)
         if prompt is not None:
             if not as_json:
                 sys.stdout.write(prompt)
