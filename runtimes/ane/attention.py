@@ -12,8 +12,9 @@ import numpy as np
 from torch import fx
 
 from runtimes.ane.emitter import Var, half
-from runtimes.ane.layout import cut
-from runtimes.ane.lowering import Lowering, Value, lowers
+from runtimes.ane.host import over_pairs
+from runtimes.ane.layout import cut, refuse
+from runtimes.ane.lowering import Lowering, Scores, Value, lowers
 
 
 @lowers("qc.rope")
@@ -105,15 +106,42 @@ def _softmax(low: Lowering, scores: Var, heads: int, mask: Any, softcap: Any) ->
     if softcap is not None:
         capped = emit.op("tanh", x=emit.op("mul", x=scores, y=half(1 / softcap)))
         scores = emit.op("mul", x=capped, y=half(softcap))
-    bias = low.biases.get(mask)
+    bias = low.options.biases.get(mask)
     by_head = (1, heads, low.tokens, shape[3])
     apart = by_head if low.tokens > 1 or (bias is not None and bias.shape[1] > 1) else shape
-    scores = low.shaped(Value(scores, ()), apart)
-    if mask in low.options.masks:
-        scores = emit.op("add", x=scores, y=emit.input(low.options.masks[mask]))
-    if bias is not None:
-        scores = emit.op("add", x=scores, y=bias)
+    scores = masked(low, low.shaped(Value(scores, ()), apart), mask)
     return low.shaped(Value(emit.op("softmax", x=scores, axis=-1), ()), shape)
+
+
+def masked(low: Lowering, scores: Var, mask: Any) -> Var:
+    """Scores with what a mask adds to them: the input that hides keys, the constant that does not."""
+    if mask in low.options.masks:
+        scores = low.emit.op("add", x=scores, y=low.emit.input(low.options.masks[mask]))
+    if mask in low.options.biases:
+        scores = low.emit.op("add", x=scores, y=low.options.biases[mask])
+    return scores
+
+
+@lowers("aten.matmul", "aten.bmm")
+def product(low: Lowering, node: fx.Node) -> Value:
+    """An encoder's attention spelled out: queries times keys, or weights times values."""
+    a, b = (low.value(arg) for arg in node.args[:2])
+    if isinstance(a, Scores):
+        mixed = low.emit.op("matmul", x=a.var, y=low.heads(b), transpose_y=True)
+        turned = low.emit.op("transpose", x=mixed, perm=[0, 1, 3, 2])
+        return Value(turned, b.features)
+    if not over_pairs(node) or isinstance(b, Scores):
+        raise refuse(node, "multiplies what is not queries, keys, weights and values")
+    return Scores(low.emit.op("matmul", x=_rows(low, a), y=low.heads(b)), a.features[:-1])
+
+
+@lowers("aten.softmax.int", "aten._softmax")
+def softmax(low: Lowering, node: fx.Node) -> Value:
+    """Over all keys."""
+    scores = low.value(node.args[0])
+    if not isinstance(scores, Scores) or int(str(node.args[1])) not in (-1, 3):
+        raise refuse(node, "is over something else than keys")
+    return Scores(low.emit.op("softmax", x=scores.var, axis=-1), scores.features)
 
 
 def _ungrouped(low: Lowering, mixed: Var, heads: int, size: int) -> Value:

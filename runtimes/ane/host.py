@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graph import Graph, QcError
 from graph.ops import op_name
 from graph.probe import evaluate, vocabulary
+from graph.shapes import dims_of
 from graph.sites import is_constant, node_name
 
 HIDDEN = -10000.0
@@ -40,16 +41,24 @@ def by_position(graph: Graph, nodes: Sequence[fx.Node], length: int) -> tuple[li
         if not torch.equal(value, other):
             what = f"{node_name(node)} depends on more than the positions of tokens"
             errors.append(QcError(what, site=node_name(node), fix=FIX))
-        elif not torch.equal(value[:, : short.shape[1]], short):
+        elif not torch.equal(_up_to(node, value, short), short):
             what = f"{node_name(node)} depends on how many tokens there are"
             errors.append(QcError(what, site=node_name(node), fix=FIX))
     return found, errors
 
 
-def mask_bias(graph: Graph, node: fx.Node, length: int) -> Tensor:
-    """What an encoder's mask adds to scores where no token is padding, [1, heads or 1, length, length].
+def _up_to(node: fx.Node, value: Tensor, short: Tensor) -> Tensor:
+    """The first of its tokens, as many as another has."""
+    at = next((i for i, size in enumerate(dims_of(node)) if size == "T"), None)
+    return value if at is None else value.narrow(at, 0, short.shape[at])
 
-    Raises QcError if padding at the end does more than to hide keys.
+
+def mask_bias(graph: Graph, node: fx.Node, length: int) -> tuple[Tensor, bool]:
+    """What an encoder's mask adds to scores where no token is padding; and whether it hides what is.
+
+    ->  [1, heads or 1, length, length]
+
+    Raises QcError if padding at the end does something else.
     """
     row = _row(graph, length, seed=0)
     row["attention_mask"] *= 2  # one document: of ones the mask may be left out
@@ -58,28 +67,31 @@ def mask_bias(graph: Graph, node: fx.Node, length: int) -> Tensor:
     padded = {**row, "attention_mask": row["attention_mask"].clone()}
     padded["attention_mask"][:, cut:] = 0
     partly = _bias(evaluate(graph, [node], padded)[0])
-    seen = partly[:, :, :cut, :cut]
     hidden = partly[:, :, :cut, cut:]
-    if not torch.equal(seen, full[:, :, :cut, :cut]) or bool((hidden > HIDDEN / 2).any()):
+    hides = not bool((hidden > HIDDEN / 2).any())
+    same = partly[:, :, :cut, :cut] if hides else partly[:, :, :cut]
+    if not torch.equal(same, full[:, :, :cut, : same.shape[3]]):
         raise QcError(f"{node_name(node)} does more with padding than to hide it", site=node_name(node), fix=FIX)
-    return full
+    return full, hides
 
 
 def _bias(mask: Any) -> Tensor:
     """A mask as what is added to scores."""
     assert isinstance(mask, Tensor)
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill(~mask, HIDDEN)
-    return mask.float().clamp(min=HIDDEN)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    added = torch.zeros(mask.shape).masked_fill(~mask, HIDDEN) if mask.dtype == torch.bool else mask.float()
+    return added.clamp(min=HIDDEN)
 
 
 def _row(graph: Graph, length: int, seed: int) -> dict[str, Any]:
-    """A row of random tokens, none of them the padding token."""
+    """A row of random tokens, none of them one for padding."""
     generator = torch.Generator().manual_seed(seed)
-    size, padding = vocabulary(graph), graph.config.get("pad_token_id")
-    ids = torch.randint(0, size, (1, length), generator=generator)
-    if isinstance(padding, int):
-        ids[ids == padding] = (padding + 1) % size
+    padding = {
+        graph.config.get("pad_token_id"),
+        *(s.node.args[2] for s in graph.sites("aten.embedding") if s.node.args[2:]),
+    }
+    tokens = torch.tensor([i for i in range(vocabulary(graph)) if i not in padding])
+    ids = tokens[torch.randint(0, len(tokens), (1, length), generator=generator)]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -90,6 +102,11 @@ def takes_tokens(node: fx.Node) -> bool:
         assert isinstance(first, fx.Node)
         node = first
     return node.op == "placeholder" and node.target == "input_ids"
+
+
+def over_pairs(node: fx.Node) -> bool:
+    """Whether a value has a number for every two tokens."""
+    return isinstance(node.meta.get("val"), Tensor) and sum("T" in size for size in dims_of(node)) == 2
 
 
 def positional(node: fx.Node) -> bool:

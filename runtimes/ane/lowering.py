@@ -31,6 +31,11 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Scores(Value):
+    """What an encoder's queries make of its keys, or the weights this becomes: (1, H, S, S), in natural order."""
+
+
+@dataclass(frozen=True)
 class Split:
     """Values that are pieces of one: the results of a chunk, or the logits of a vocabulary in several pieces."""
 
@@ -67,6 +72,9 @@ class Options:
     masks: Mapping[fx.Node, str] = field(default_factory=dict)
     """Mask -> the input that holds it."""
 
+    biases: Mapping[fx.Node, Array] = field(default_factory=dict)
+    """Mask -> what is added to it, [1, heads or 1, S, S]: windows and position biases of an encoder."""
+
     ropes: Mapping[fx.Node, str] = field(default_factory=dict)
     """Table of a rotation -> the input that holds it."""
 
@@ -86,9 +94,6 @@ class Lowering:
     tokens: int
     options: Options
     cache: Cache | None = None
-    biases: Mapping[fx.Node, Array] = field(default_factory=dict)
-    """Mask -> what is added to it, [1, heads or 1, S, S]: windows and position biases of an encoder."""
-
     results: dict[fx.Node, Result] = field(default_factory=dict)
     shared: dict[str, Var] = field(default_factory=dict)
     """What all blocks compute with, by name."""
@@ -124,6 +129,8 @@ class Lowering:
 
     def natural(self, value: Value) -> tuple[Var, int]:
         """In the shape of its features, and the axis of the last of them: (1, C, 1, S) and 1, (1, H, D, S) and 2."""
+        if isinstance(value, Scores):
+            return value.var, 1
         return (self.channels(value), 1) if len(value.features) == 1 else (self.heads(value), 2)
 
     def constant_operand(self, node: fx.Node, features: tuple[int, ...]) -> Array:

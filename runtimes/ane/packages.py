@@ -35,6 +35,9 @@ class Host:
     biases: dict[fx.Node, Tensor]
     """Mask of an encoder -> [1, heads or 1, length, length]."""
 
+    hiding: frozenset[fx.Node]
+    """The masks that hide padding; the others are but added."""
+
 
 def host_of(plan: Plan) -> Host:
     """Compute what depends on positions alone; all that turns out to depend on more is raised together."""
@@ -42,16 +45,19 @@ def host_of(plan: Plan) -> Host:
     length = settings.context if plan.decoder else max(settings.lengths)
     values = list(dict.fromkeys(node for part in plan.parts for node in positions_of(part)))
     found, errors = by_position(plan.graph, [*plan.ropes, *values], length)
-    biases = {}
+    biases, hiding = {}, set(plan.masks) if plan.decoder else set()
     for mask in plan.masks if not plan.decoder else ():
         try:
-            biases[mask] = mask_bias(plan.graph, mask, length)
+            biases[mask], hides = mask_bias(plan.graph, mask, length)
+            hiding |= {mask} if hides else set()
         except QcError as error:
             errors.append(error)
     raise_all(errors)
     tables = {name: table[0].float() for name, table in zip(plan.ropes.values(), found, strict=False)}
     rows = found[len(plan.ropes) :]
-    return Host(tables, {n: value.reshape(length, -1) for n, value in zip(values, rows, strict=True)}, biases)
+    return Host(
+        tables, {n: value.reshape(length, -1) for n, value in zip(values, rows, strict=True)}, biases, frozenset(hiding)
+    )
 
 
 def functions(plan: Plan, part: Part, host: Host) -> dict[str, FunctionPlan]:
@@ -68,9 +74,16 @@ def functions(plan: Plan, part: Part, host: Host) -> dict[str, FunctionPlan]:
             ropes=plan.ropes,
             weights=plan.weights,
             loaded=loaded,
+            biases=_biases(host, tokens),
         )
         found[name] = FunctionPlan(ports_of(plan, part, host, tokens), _Body(plan, part, host, tokens, options))
     return found
+
+
+def _biases(host: Host, tokens: int) -> dict[fx.Node, Array]:
+    """What is added to scores, for so many tokens; where that is nothing, it is left out."""
+    cut = {mask: bias[:, :, :tokens, :tokens] for mask, bias in host.biases.items()}
+    return {mask: fp16(bias, node_name(mask)) for mask, bias in cut.items() if bool(bias.any())}
 
 
 def functions_of(plan: Plan, part: Part) -> dict[str, int]:
@@ -127,7 +140,7 @@ class _Body:
 
     def __call__(self, emit: Emitter) -> None:
         cache = self._cache(emit)
-        low = Lowering(self.plan.graph, emit, self.tokens, self.options, cache, self._biases())
+        low = Lowering(self.plan.graph, emit, self.tokens, self.options, cache)
         if self.part.entry is not None:
             low.results[self.part.entry] = Value(emit.input("hidden"), features_of(self.part.entry))
         for node in positions_of(self.part):
@@ -141,10 +154,6 @@ class _Body:
     def _cache(self, emit: Emitter) -> ChunkCache | None:
         shape = cache_shape(self.plan, self.part)
         return None if shape is None else CACHES[self.plan.settings.kv](emit, shape, self.tokens)
-
-    def _biases(self) -> dict[fx.Node, Array]:
-        cut = {mask: bias[:, :, : self.tokens, : self.tokens] for mask, bias in self.host.biases.items()}
-        return {mask: fp16(bias, node_name(mask)) for mask, bias in cut.items() if bool(bias.any())}
 
     def _positions(self, emit: Emitter, node: fx.Node) -> Value:
         """What is added by position: a constant of an encoder, rows of a table of a decoder."""
@@ -224,9 +233,10 @@ def _window(mask: fx.Node) -> int | None:
 
 
 def merged(plan: Plan, host: Host) -> Plan:
-    """The plan with one input for rotations whose tables are equal."""
+    """The plan with one input for rotations whose tables are equal, and inputs for masks that hide padding only."""
     names: dict[str, str] = {}
     for name, table in host.tables.items():
         same = next((n for n, other in host.tables.items() if n[:3] == name[:3] and torch.equal(other, table)), name)
         names[name] = same
-    return replace(plan, ropes={node: names[name] for node, name in plan.ropes.items()})
+    masks = {mask: name for mask, name in plan.masks.items() if mask in host.hiding}
+    return replace(plan, ropes={node: names[name] for node, name in plan.ropes.items()}, masks=masks)

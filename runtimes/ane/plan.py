@@ -19,7 +19,7 @@ from graph.ops import op_name
 from graph.sites import is_constant, node_name, tag
 from runtimes.ane import attention, layout, linear, norms, pointwise  # noqa: F401  they fill the table
 from runtimes.ane.cache import MODES, Mode
-from runtimes.ane.host import FIX, positional, takes_tokens
+from runtimes.ane.host import FIX, over_pairs, positional, takes_tokens
 from runtimes.ane.lowering import TABLE
 from runtimes.ane.profile import Profile
 from runtimes.ane.weights import Weight, weight_of
@@ -253,10 +253,25 @@ def _masks(nodes: list[fx.Node], decoder: bool) -> dict[fx.Node, str]:
     """Each mask and the input it becomes: mask and mask_2; of an encoder all are the one of padding."""
     found: dict[fx.Node, str] = {}
     for node in nodes:
-        mask = node.args[3] if op_name(node.target) == "qc.attention" else None
-        if isinstance(mask, fx.Node):
+        for mask in _masks_of(node):
             found.setdefault(mask, "mask" if not found or not decoder else f"mask_{len(found) + 1}")
     return found
+
+
+def _masks_of(node: fx.Node) -> list[fx.Node]:
+    """The masks that an op reads: an attention's, or what is added to scores that are spelled out."""
+    if op_name(node.target) == "qc.attention":
+        return [arg for arg in node.args[3:4] if isinstance(arg, fx.Node)]
+    if op_name(node.target) != "aten.add.Tensor" or not over_pairs(node):
+        return []
+    return [arg for arg in node.all_input_nodes if not _from_tokens(arg)]
+
+
+def _from_tokens(node: fx.Node) -> bool:
+    """Whether a value depends on which tokens there are."""
+    if op_name(node.target) == "aten.embedding" if node.op == "call_function" else False:
+        return isinstance(node.args[1], fx.Node) and takes_tokens(node.args[1])
+    return any(_from_tokens(n) for n in node.all_input_nodes)
 
 
 def _gains(nodes: list[fx.Node]) -> tuple[dict[fx.Node, float], frozenset[fx.Node]]:
@@ -359,6 +374,7 @@ def positions_of(part: Part) -> list[fx.Node]:
         if op_name(node.target) in ("qc.attention", "qc.rope"):
             continue
         for n in _values(node):
-            if n not in inside and n is not part.entry and positional(n) and not takes_tokens(n):
+            known = n in inside or n is part.entry or takes_tokens(n) or over_pairs(n)
+            if not known and positional(n):
                 found[n] = None
     return list(found)

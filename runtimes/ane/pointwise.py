@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import fx
 
 from graph.ops import op_name
 from graph.sites import is_constant
+from runtimes.ane.attention import masked
 from runtimes.ane.emitter import Var, half
 from runtimes.ane.layout import refuse
 from runtimes.ane.lowering import Lowering, Result, Split, Value, lowers
@@ -22,8 +24,8 @@ def each(low: Lowering, source: Any, function: Callable[[Var], Var]) -> Result:
     """Apply a function to a value, or to each of its pieces."""
     found = low.results[source]
     if isinstance(found, Split):
-        return Split(tuple(Value(function(piece.var), piece.features) for piece in found.values))
-    return Value(function(found.var), found.features)
+        return Split(tuple(replace(piece, var=function(piece.var)) for piece in found.values))
+    return replace(found, var=function(found.var))
 
 
 @lowers("aten.silu")
@@ -66,6 +68,9 @@ def arithmetic(low: Lowering, node: fx.Node) -> Result:
     a, b = node.args[:2]
     if node.kwargs.get("alpha", 1) != 1:
         raise refuse(node, "scales what it adds")
+    for value, mask in ((a, b), (b, a)):
+        if kind == "add" and (mask in low.options.masks or mask in low.options.biases):
+            return replace(low.value(value), var=masked(low, low.value(value).var, mask))
     if not _is_value(low, a) or not _is_value(low, b):
         return _with_constant(low, node, kind, a, b)
     left, right = low.value(a), low.value(b)
@@ -73,9 +78,16 @@ def arithmetic(low: Lowering, node: fx.Node) -> Result:
         return Value(low.emit.op(kind, x=left.var, y=right.var), left.features)
     if left.features == right.features and len(left.features) > 1:
         return Value(low.emit.op(kind, x=low.heads(left), y=low.heads(right)), left.features)
+    if left.features[-1] == right.features[-1] and 1 in (_heads(left), _heads(right)):
+        most = max(left.features, right.features, key=math.prod)
+        return Value(low.emit.op(kind, x=low.heads(left), y=low.heads(right)), most)
     if math.prod(left.features) != math.prod(right.features):
         raise refuse(node, f"broadcasts {list(left.features)} with {list(right.features)}")
     return Value(low.emit.op(kind, x=low.channels(left), y=low.channels(right)), left.features)
+
+
+def _heads(value: Value) -> int:
+    return math.prod(value.features[:-1])
 
 
 def _with_constant(low: Lowering, node: fx.Node, kind: str, a: Any, b: Any) -> Result:
@@ -85,9 +97,9 @@ def _with_constant(low: Lowering, node: fx.Node, kind: str, a: Any, b: Any) -> R
     def form(piece: Value) -> Value:
         var, constant = (low.natural(piece)[0], _operand(low, node, other, piece.features))
         if kind == "real_div" and value is a and np.ndim(constant) == 0:
-            return Value(low.emit.op("mul", x=var, y=half(1 / float(constant))), piece.features)
+            return replace(piece, var=low.emit.op("mul", x=var, y=half(1 / float(constant))))
         x, y = (var, constant) if value is a else (constant, var)
-        return Value(low.emit.op(kind, x=x, y=y), piece.features)
+        return replace(piece, var=low.emit.op(kind, x=x, y=y))
 
     if isinstance(found, Split):
         if isinstance(other, fx.Node):

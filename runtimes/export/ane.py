@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 
 from graph import Graph, QcError, raise_all
 from graph.formats import release_freed
+from graph.sites import node_name
 from runtimes.ane.cache import Mode
 from runtimes.ane.mil import coremltools, write_package
 from runtimes.ane.packages import functions, host_of, merged, meta_of
 from runtimes.ane.plan import Part, Plan, Settings, plan
 from runtimes.ane.profile import DEFAULT, load_profile
+from runtimes.ane.ranges import beyond, peaks
+from runtimes.ane.ranges import calibration as calibration_rows
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of
 
@@ -43,13 +46,15 @@ def export(
     chunks: int | None = None,
     lengths: tuple[int, ...] = (128,),
     dense_prefill: bool = False,
+    calibration: int = 256,
 ) -> ExportReport:
     """Write ``graph`` to the folder ``out`` as packages for ``chip``.
 
     A decoder has a cache of ``context`` tokens, kept as ``kv`` says, a function for one token and one for ``prefill``
     (0: none); its blocks are in ``chunks`` packages, or as few as the chip takes. An encoder has a function for each of
-    ``lengths``. ``max_shard`` is the most bytes of a file, if the chip takes no less. Everything missing is named in
-    one go, before any work.
+    ``lengths``. ``max_shard`` is the most bytes of a file, if the chip takes no less. First the graph
+    runs on ``calibration`` tokens of text, and what does not fit fp16 numbers there is an error. Everything missing is
+    named in one go, before any work.
     """
     coremltools()
     settings = Settings(
@@ -62,6 +67,7 @@ def export(
         dense_prefill=dense_prefill,
     )
     found = _prepared(graph, out, settings, dtype, in_the_way(out, source, tokenizer, force))
+    largest = _fits(found, tokenizer or source, calibration)
     host = host_of(found)
     found = merged(found, host)
     files = _files(found.parts)
@@ -77,7 +83,7 @@ def export(
         if carried is not None:
             carry(carried, new)
         sign(new, {"format": "qc-export", "version": 1, "target": "ane", "dtype": dtype, **(about or {})})
-    return ExportReport(out, "ane", dtype, sizes_of(out), _figures(found))
+    return ExportReport(out, "ane", dtype, sizes_of(out), _figures(found) | largest)
 
 
 def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: list[QcError]) -> Plan:
@@ -90,6 +96,16 @@ def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: l
     raise_all([*more, *errors])
     assert found is not None
     return found
+
+
+def _fits(found: Plan, tokenizer: Path | None, tokens: int) -> dict[str, float | int | str]:
+    """The value that comes nearest to where fp16 numbers end, on so many tokens; raises all that lie beyond."""
+    if not tokens:
+        return {}
+    sites = {node_name(node) for part in found.parts for node in part.nodes}
+    seen = peaks(found.graph, calibration_rows(found.graph, tokenizer, tokens), sites)
+    raise_all(list(beyond(seen)))
+    return {"largest": seen[0].largest, "largest_of": seen[0].site, "largest_may_be": seen[0].limit}
 
 
 def _files(parts: list[Part]) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from graph import Graph, raise_all
 from runtimes.ane.packages import Host, functions, host_of, merged, meta_of
 from runtimes.ane.plan import Plan, Settings, plan
 from runtimes.ane.profile import load_profile
+from runtimes.mil.interpreter import Interpreter
 from tests.runtimes.ane.executed import execute
 
 
@@ -27,10 +31,13 @@ class Decoder:
     """Runs a decoder's parts block by block, whatever its cache."""
 
     def __init__(self, graph: Graph, **settings: Any):
-        self.plan, self.host = planned(graph, **settings)
-        self.meta = meta_of(self.plan, self.host, [""] * len(self.plan.parts))
-        self.parts = [functions(self.plan, part, self.host) for part in self.plan.parts]
+        self.plan, host = planned(graph, **settings)
+        self.parts = [functions(self.plan, part, host) for part in self.plan.parts]
         self.states: list[dict[str, Tensor]] = [{} for _ in self.parts]
+        self._start(meta_of(self.plan, host, [""] * len(self.plan.parts)), host.tables)
+
+    def _start(self, meta: dict[str, Any], tables: dict[str, Tensor]) -> None:
+        self.meta, self.tables = meta, tables
         self.io = {i: torch.zeros(p["cache"]["shape"]) for i, p in enumerate(self.meta["parts"]) if "cache" in p}
         self.ops: dict[tuple[int, str], list[str]] = {}
 
@@ -45,7 +52,7 @@ class Decoder:
 
     def block(self, ids: list[int], at: int, name: str) -> Tensor:
         hidden = None
-        for i in range(len(self.parts)):
+        for i in range(len(self.meta["parts"])):
             if self.meta["parts"][i]["role"] == "head":
                 assert hidden is not None
                 rows = [self.run(i, "infer", {"hidden": hidden[..., s : s + 1]}) for s in range(len(ids))]
@@ -69,7 +76,7 @@ class Decoder:
         position = torch.arange(at, at + tokens)
         found = {"input_ids": torch.tensor([ids]), "position_ids": position[None], "position": torch.tensor([at])}
         found["onehot"] = (torch.arange(context)[:, None] == position).float()[None, None]
-        for name, table in self.host.tables.items():
+        for name, table in self.tables.items():
             found[name] = table[position].T[None, None]
         for mask in self.meta["masks"]:
             found[mask["input"]] = self.mask(position, mask["window"])
@@ -85,6 +92,23 @@ class Decoder:
         if window is not None:
             seen = seen & (keys[None] > position[:, None] - window)
         return torch.where(seen, 0.0, -10000.0)[None, None]
+
+
+class Saved(Decoder):
+    """The same over the packages of an export, which the reference interpreter reads."""
+
+    def __init__(self, folder: Path, mode: str = "fp32"):
+        self.ops = {}
+        meta = json.loads((folder / "meta.json").read_text())
+        tables = load_file(folder / "rope.safetensors") if (folder / "rope.safetensors").is_file() else {}
+        self._start(meta, tables)
+        self.packages = [Interpreter(folder / part["file"], mode) for part in meta["parts"]]
+        self.cells = [package.state() for package in self.packages]
+
+    def run(self, i: int, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        package = self.packages[i]
+        wanted = {v.name: given[v.name] for v in package.package.function(name).inputs}
+        return package.run(wanted, self.cells[i], function=name)
 
 
 def encoded(graph: Graph, ids: list[int], length: int, **settings: Any) -> Tensor:
