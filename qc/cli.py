@@ -210,6 +210,24 @@ def verify(
 
 
 @app.command()
+def lint(
+    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export for ane, or one .mlpackage.")],
+    chip: Annotated[
+        str | None, typer.Option(help="Chips and system, as m1-macos15; without it, those it was made for.")
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Run it, for the rules that look at values.")] = True,
+    json: Json = False,
+) -> None:
+    """Say what of an export the Neural Engine is known not to take, or to compute wrongly, and what to do.
+
+    Exit code 1 if anything is an error.
+    """
+    from qc.commands import lint_command
+
+    lint_command(exported, chip, run, json)
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of recipes, for editors: put `# yaml-language-server: $schema=FILE` into a recipe."""
     from recipes.shipped import FOLDER

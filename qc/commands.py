@@ -258,6 +258,23 @@ def verify_command(exported: Path, artifact: str | None, runs: Path, as_json: bo
         result(found, as_json, lambda: str(found["text"]))
 
 
+def lint_command(exported: Path, chip: str | None, run: bool, as_json: bool) -> None:
+    """``qc lint``."""
+    with explained(as_json):
+        from runtimes.lint.report import lint
+
+        report = lint(exported, chip, run)
+        head = ["rule", "severity", "op", "found", "source", "what to do"]
+        rows = report.rows()
+        result(
+            report.as_dict(),
+            as_json,
+            lambda: (table(rows, head) + "\n\n" if rows else "") + report.summary(),
+        )
+        if not report.passed:
+            raise SystemExit(1)
+
+
 def cache_teacher_command(source: str, overrides: list[str], force: bool, runs: Path, as_json: bool) -> None:
     """``qc cache teacher``."""
     with explained(as_json):
