@@ -31,6 +31,11 @@ class Report(Protocol):
     """What was found of an export, whatever its target."""
 
     @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that was checked."""
+        ...
+
+    @property
     def passed(self) -> bool:
         """Whether everything is as it should be."""
         ...

@@ -164,8 +164,8 @@ def test_damaged_rotations_are_told(exports: dict[str, Path], tmp_path: Path) ->
     for item in exports["io"].iterdir():
         if item.name != "rope.safetensors":
             (tmp_path / item.name).symlink_to(item)
-    with pytest.raises(QcError, match="rope.safetensors is missing"):
+    with pytest.raises(QcError, match=r"rope\.safetensors is missing"):
         Decoder(tmp_path)
     (tmp_path / "rope.safetensors").write_bytes(b"nothing")
-    with pytest.raises(QcError, match="rope.safetensors is damaged"):
+    with pytest.raises(QcError, match=r"rope\.safetensors is damaged"):
         Decoder(tmp_path)
