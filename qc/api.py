@@ -98,14 +98,14 @@ def generate(
     chat: bool = False,
 ) -> str:
     """What the model goes on with after ``prompt``."""
-    from qc.speaking import Speaker
+    from qc.speaking import open_speaker
     from runtimes.sampling import Sampling
 
-    folder = artifact.folder if isinstance(artifact, Artifact) else find_artifact(str(artifact))
+    given = str(artifact.folder if isinstance(artifact, Artifact) else artifact)
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
-    return str(Speaker(folder, sampling, chat).say(prompt, stream=False)["text"])
+    return str(open_speaker(given, DEFAULT, None, sampling, chat).say(prompt, stream=False)["text"])
 
 
 def evaluate(

@@ -74,7 +74,7 @@ def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
             f"{folder} does not compute what {loaded.folder} computes",
             fix="see the table; remove the export and export again",
         )
-    return {"export/psnr_db": report.psnr_db, "top1": report.top1}
+    return {key: report.figures()[key] for key in ("export/psnr_db", "top1")}
 
 
 def export_newest(

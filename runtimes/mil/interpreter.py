@@ -62,6 +62,9 @@ class Interpreter:
         """
         plan = self.plan(function)
         values = self._given(plan, inputs) | self._held(plan, state)
+        for variable in plan.function.inputs if trace is not None else ():
+            assert trace is not None
+            trace.note(variable.name, values[variable.name])
         with torch.inference_mode():
             for step in plan.steps:
                 results = computed(step, _arguments(step, values), self.mode)

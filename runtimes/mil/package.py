@@ -118,7 +118,7 @@ def _model_file(folder: Path) -> Path:
         about = json.loads(manifest.read_text())
         entry = about["itemInfoEntries"][about["rootModelIdentifier"]]
         path = folder / "Data" / str(entry["path"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError):
         raise QcError(f"{manifest} is damaged", fix=_FIX) from None
     if not path.is_file():
         raise QcError(f"{path} is missing", fix=_FIX)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from graph.errors import QcError, raise_all
@@ -80,8 +79,8 @@ def prepare(package: Package, function: Function, mode: Mode, decoded: Decoded) 
             plan.constants[operation.name] = _constant(package, operation, where, mode, decoded)
             continue
         kernel = KERNELS[operation.type]
-        _check_types(operation, kernel, types, where)
         step = _bound(package, operation, kernel, plan, where, mode)
+        _check_types(operation, kernel, types, where)
         if step.live or operation.type in _STATEFUL:
             plan.steps.append(step)
         else:
@@ -217,15 +216,11 @@ def computed(step: Step, arguments: Mapping[str, Any], mode: Mode) -> tuple[Tens
     settled_results = []
     for variable, value in zip(declared, results, strict=True):
         if not variable.type.fits(tuple(value.shape)) or value.dtype is not variable.type.dtype.held:
-            shape = list(value.shape)
-            what = f"{step.where} gives {_spoken(value.dtype)}{shape}, declared is {variable.type}"
+            held = str(value.dtype).removeprefix("torch.").removesuffix("32")
+            what = f"{step.where} gives {held}{list(value.shape)}, declared is {variable.type}"
             raise QcError(what, fix=_FIX)
         settled_results.append(settled(value, variable.type.dtype, mode) if step.rounds else value)
     return tuple(settled_results)
-
-
-def _spoken(dtype: torch.dtype) -> str:
-    return next((d.name for d in DTYPES.values() if d.kind != "string" and d.held is dtype), str(dtype))
 
 
 def _check_types(operation: Operation, kernel: Kernel, types: dict[str, TensorType], where: str) -> None:

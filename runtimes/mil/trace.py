@@ -16,6 +16,9 @@ class Seen:
     largest: float = 0.0
     """Largest |x| of its finite elements."""
 
+    highest: float = float("-inf")
+    """Largest x of its finite elements."""
+
     count: int = 0
     subnormal: int = 0
     """Elements that are not 0 and below 6.1e-5."""
@@ -47,3 +50,4 @@ class Trace:
         entry.subnormal += int(((size > 0) & (size < SMALLEST_NORMAL)).sum())
         if bool(finite.any()):
             entry.largest = max(entry.largest, float(size[finite].max()))
+            entry.highest = max(entry.highest, float(value[finite].max()))
