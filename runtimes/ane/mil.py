@@ -179,4 +179,4 @@ class MilEmitter:
     def _narrow(self, indices: Array, bits: int) -> Array:
         from coremltools.converters.mil.mil import types
 
-        return indices if bits == 8 else indices.astype(getattr(types, f"np_uint{bits}_dtype"))
+        return indices if bits == 8 else indices.view(getattr(types, f"np_uint{bits}_dtype"))  # the bytes are shared

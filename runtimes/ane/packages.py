@@ -18,7 +18,8 @@ from runtimes.ane.emitter import Array, Emitter
 from runtimes.ane.host import by_position, mask_bias
 from runtimes.ane.lowering import Lowering, Options, Split, Value, features_of
 from runtimes.ane.mil import FunctionPlan, Port
-from runtimes.ane.plan import Part, Plan, names_of, positions_of
+from runtimes.ane.parts import Part, names_of, positions_of
+from runtimes.ane.plan import Plan
 from runtimes.ane.weights import fp16
 
 

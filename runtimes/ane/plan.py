@@ -7,24 +7,22 @@ gives one; parts are cut where but one value crosses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from graph import Graph, QcError
 from graph.cache import has_cache, obstacles
 from graph.ops import op_name
-from graph.sites import is_constant, node_name, tag
+from graph.sites import is_constant, node_name
 from runtimes.ane import attention, layout, linear, norms, pointwise  # noqa: F401  they fill the table
 from runtimes.ane.cache import MODES, Mode
-from runtimes.ane.host import FIX, over_pairs, positional, takes_tokens
+from runtimes.ane.host import FIX, over_pairs, takes_tokens
 from runtimes.ane.lowering import TABLE
+from runtimes.ane.parts import Part, computed_nodes, parts_of, values_of
 from runtimes.ane.profile import Profile
 from runtimes.ane.weights import Weight, weight_of
-
-Role = Literal["embed", "chunk", "head", "encoder"]
 
 WEIGHTED = {"aten.linear": 1, "aten.embedding": 0}
 """Op with a weight -> which argument that is."""
@@ -45,23 +43,6 @@ class Settings:
     """Lengths of an encoder's functions."""
 
     dense_prefill: bool = False
-
-
-@dataclass
-class Part:
-    """One package."""
-
-    role: Role
-    nodes: list[fx.Node]
-    entry: fx.Node | None
-    """The value it takes; None where it takes tokens."""
-
-    exit: fx.Node
-    blocks: list[int] = field(default_factory=list)
-
-    def attentions(self) -> list[fx.Node]:
-        """Its attentions, in order."""
-        return [node for node in self.nodes if op_name(node.target) == "qc.attention"]
 
 
 @dataclass
@@ -93,7 +74,7 @@ def plan(graph: Graph, settings: Settings) -> tuple[Plan | None, list[QcError]]:
     errors = [*_of_settings(graph, settings), *_of_kind(graph)]
     if errors:
         return None, errors
-    nodes = _computed(graph)
+    nodes = computed_nodes(graph)
     errors = _missing(graph, nodes)
     weights, more = _weights(graph, nodes)
     errors += more
@@ -105,7 +86,8 @@ def plan(graph: Graph, settings: Settings) -> tuple[Plan | None, list[QcError]]:
     gains, scaled = _gains(nodes)
     found = Plan(graph, settings, [], weights, _ropes(nodes), _masks(nodes, graph.kind == "causal-lm"), gains, scaled)
     try:
-        found.parts = _parts(found, nodes)
+        sizes = {node: weight.bytes() for node, weight in weights.items()}
+        found.parts = parts_of(graph, nodes, sizes, settings.chunks, settings.profile.part_bytes)
     except QcError as error:
         return None, [error]
     errors = [*_of_parts(found), *_unplaced(found)]
@@ -193,7 +175,7 @@ def _unplaced(found: Plan) -> list[QcError]:
     for part in found.parts:
         inside = set(part.nodes)
         for node in part.nodes:
-            outside = [n for n in _values(node) if n not in inside and n is not part.entry and not is_constant(n)]
+            outside = [n for n in values_of(node) if n not in inside and n is not part.entry and not is_constant(n)]
             for n in outside:
                 if n in known or part.role in ("embed", "encoder") or takes_tokens(n):
                     continue
@@ -207,34 +189,7 @@ def _named(part: Part) -> str:
     return f"the part {part.role}{blocks}"
 
 
-# -- taking it apart --------------------------------------------------------------------------------------------------
-
-
-def _computed(graph: Graph) -> list[fx.Node]:
-    """The ops that depend on which tokens there are, in order: the others are of the host."""
-    found: dict[fx.Node, None] = {}
-    for site in graph.sites():
-        node = site.node
-        starts = site.op == "aten.embedding" and isinstance(node.args[1], fx.Node) and takes_tokens(node.args[1])
-        if starts or (any(n in found for n in node.all_input_nodes) and _is_tensor(node)):
-            found[node] = None
-    needed: set[fx.Node] = set()
-    pending = graph.output_nodes()
-    while pending:
-        node = pending.pop()
-        if node in found and node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
-    return [node for node in found if node in needed]
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return not isinstance(node.meta["val"], (int, float, bool))
-
-
-def _values(node: fx.Node) -> list[fx.Node]:
-    """The tensors an op reads."""
-    return [n for n in node.all_input_nodes if _is_tensor(n)]
+# -- what the host gives ----------------------------------------------------------------------------------------------
 
 
 def _ropes(nodes: list[fx.Node]) -> dict[fx.Node, str]:
@@ -252,26 +207,20 @@ def _ropes(nodes: list[fx.Node]) -> dict[fx.Node, str]:
 def _masks(nodes: list[fx.Node], decoder: bool) -> dict[fx.Node, str]:
     """Each mask and the input it becomes: mask and mask_2; of an encoder all are the one of padding."""
     found: dict[fx.Node, str] = {}
+    computed = set(nodes)
     for node in nodes:
-        for mask in _masks_of(node):
+        for mask in _masks_of(node, computed):
             found.setdefault(mask, "mask" if not found or not decoder else f"mask_{len(found) + 1}")
     return found
 
 
-def _masks_of(node: fx.Node) -> list[fx.Node]:
+def _masks_of(node: fx.Node, computed: set[fx.Node]) -> list[fx.Node]:
     """The masks that an op reads: an attention's, or what is added to scores that are spelled out."""
     if op_name(node.target) == "qc.attention":
         return [arg for arg in node.args[3:4] if isinstance(arg, fx.Node)]
     if op_name(node.target) != "aten.add.Tensor" or not over_pairs(node):
         return []
-    return [arg for arg in node.all_input_nodes if not _from_tokens(arg)]
-
-
-def _from_tokens(node: fx.Node) -> bool:
-    """Whether a value depends on which tokens there are."""
-    if op_name(node.target) == "aten.embedding" if node.op == "call_function" else False:
-        return isinstance(node.args[1], fx.Node) and takes_tokens(node.args[1])
-    return any(_from_tokens(n) for n in node.all_input_nodes)
+    return [arg for arg in node.all_input_nodes if arg not in computed]
 
 
 def _gains(nodes: list[fx.Node]) -> tuple[dict[fx.Node, float], frozenset[fx.Node]]:
@@ -290,91 +239,3 @@ def _gains(nodes: list[fx.Node]) -> tuple[dict[fx.Node, float], frozenset[fx.Nod
             gains[at] = size**-0.5 if scale is None else float(str(scale))
             scaled.add(node)
     return gains, frozenset(scaled)
-
-
-def _parts(found: Plan, nodes: list[fx.Node]) -> list[Part]:
-    """Embeddings, chunks and head; of an encoder all together, unless that is too large."""
-    blocks = _by_block(nodes, found.graph.blocks)
-    groups: list[tuple[Role, list[int], list[fx.Node]]]
-    before, *inner, after = blocks
-    chunks = _chunks(found, blocks)
-    joined: list[tuple[Role, list[int], list[fx.Node]]] = [
-        ("chunk", [i for i in chunk], [n for i in chunk for n in inner[i]]) for chunk in chunks
-    ]
-    if found.decoder:
-        groups = [("embed", [], before), *joined, ("head", [], after)]
-    else:
-        joined[0] = ("encoder", joined[0][1], before + joined[0][2])
-        joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + after)
-        groups = joined
-    parts: list[Part] = []
-    for role, numbers, members in groups:
-        entry = parts[-1].exit if parts else None
-        parts.append(Part(role, members, entry, _exit(found.graph, nodes, members), numbers))
-    return parts
-
-
-def _by_block(nodes: list[fx.Node], count: int) -> list[list[fx.Node]]:
-    """The ops before the blocks, those of each block, and those behind them."""
-    assert count, "a decoder or encoder has blocks"
-    found: list[list[fx.Node]] = [[] for _ in range(count + 2)]
-    at = 0
-    last = max(i for i, node in enumerate(nodes) if tag(node, "block") is not None)
-    for i, node in enumerate(nodes):
-        block = tag(node, "block")
-        at = count + 1 if i > last else at if block is None else max(at, block + 1)
-        found[at].append(node)
-    return found
-
-
-def _chunks(found: Plan, blocks: list[list[fx.Node]]) -> list[list[int]]:
-    """The blocks of each chunk: as few chunks as the target allows, or as many as asked, of about the same bytes."""
-    sizes = [sum(found.weights[n].bytes() for n in block if n in found.weights) for block in blocks[1:-1]]
-    asked, limit = found.settings.chunks, found.settings.profile.part_bytes
-    if asked is not None and not 1 <= asked <= len(sizes):
-        raise QcError(f"chunks is {asked}, and the model has {len(sizes)} blocks", fix=f"set it to 1 … {len(sizes)}")
-    extra = 0 if found.decoder else sum(found.weights[n].bytes() for n in blocks[0] + blocks[-1] if n in found.weights)
-    wanted = asked or max(1, -(-(sum(sizes) + extra) // limit))
-    total, chunks, gone = sum(sizes) or 1, [[0]], sizes[0]
-    for i in range(1, len(sizes)):
-        left_blocks, left_chunks = len(sizes) - i, wanted - len(chunks)
-        full = gone + sizes[i] / 2 > total * len(chunks) / wanted
-        if left_chunks and (full or left_blocks == left_chunks):
-            chunks.append([])
-        chunks[-1].append(i)
-        gone += sizes[i]
-    return chunks
-
-
-def _exit(graph: Graph, nodes: list[fx.Node], members: list[fx.Node]) -> fx.Node:
-    """The one value that later ops read of these, or before these and still."""
-    order = {node: i for i, node in enumerate(nodes)}
-    end = order[members[-1]]
-    outputs = set(graph.output_nodes())
-    crossing = [
-        node for node in nodes[: end + 1] if node in outputs or any(order.get(user, -1) > end for user in node.users)
-    ]
-    if len(crossing) != 1:
-        names = ", ".join(node_name(node) for node in crossing)
-        what = f"behind {node_name(members[-1])} {len(crossing)} values go on: {names}"
-        raise QcError(what, site=node_name(members[-1]), fix="set chunks to 1, or export another model")
-    return crossing[0]
-
-
-def names_of(nodes: Mapping[fx.Node, str], part: Part) -> dict[fx.Node, str]:
-    """Of named values, those that a part reads."""
-    read = {n for node in part.nodes for n in node.all_input_nodes}
-    return {node: name for node, name in nodes.items() if node in read}
-
-
-def positions_of(part: Part) -> list[fx.Node]:
-    """The values of positions that a part computes with, masks and rotations apart."""
-    inside, found = set(part.nodes), dict[fx.Node, None]()
-    for node in part.nodes:
-        if op_name(node.target) in ("qc.attention", "qc.rope"):
-            continue
-        for n in _values(node):
-            known = n in inside or n is part.entry or takes_tokens(n) or over_pairs(n)
-            if not known and positional(n):
-                found[n] = None
-    return list(found)

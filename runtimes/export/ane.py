@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from graph.sites import node_name
 from runtimes.ane.cache import Mode
 from runtimes.ane.mil import coremltools, write_package
 from runtimes.ane.packages import functions, host_of, merged, meta_of
-from runtimes.ane.plan import Part, Plan, Settings, plan
+from runtimes.ane.parts import Part
+from runtimes.ane.plan import Plan, Settings, plan
 from runtimes.ane.profile import DEFAULT, load_profile
 from runtimes.ane.ranges import beyond, peaks
 from runtimes.ane.ranges import calibration as calibration_rows
@@ -57,15 +59,8 @@ def export(
     named in one go, before any work.
     """
     coremltools()
-    settings = Settings(
-        profile=load_profile(chip).holding(max_shard),
-        context=context,
-        prefill=prefill or None,
-        kv=kv,
-        chunks=chunks,
-        lengths=lengths,
-        dense_prefill=dense_prefill,
-    )
+    settings = _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill)
+    settings = replace(settings, profile=settings.profile.holding(max_shard))
     found = _prepared(graph, out, settings, dtype, in_the_way(out, source, tokenizer, force))
     largest = _fits(found, tokenizer or source, calibration)
     host = host_of(found)
@@ -84,6 +79,34 @@ def export(
             carry(carried, new)
         sign(new, {"format": "qc-export", "version": 1, "target": "ane", "dtype": dtype, **(about or {})})
     return ExportReport(out, "ane", dtype, sizes_of(out), _figures(found) | largest)
+
+
+def check(
+    graph: Graph,
+    *,
+    chip: str = DEFAULT,
+    context: int = 512,
+    prefill: int = 64,
+    kv: Mode = "state_slice",
+    chunks: int | None = None,
+    lengths: tuple[int, ...] = (128,),
+    dense_prefill: bool = False,
+) -> list[QcError]:
+    """All that stands in the way of an export with these options, from shapes alone."""
+    return plan(graph, _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill))[1]
+
+
+def _settings(
+    chip: str,
+    context: int,
+    prefill: int,
+    kv: Mode,
+    chunks: int | None,
+    lengths: tuple[int, ...],
+    dense_prefill: bool,
+) -> Settings:
+    profile = load_profile(chip)
+    return Settings(profile, context, prefill or None, kv, chunks, lengths, dense_prefill)
 
 
 def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: list[QcError]) -> Plan:

@@ -33,8 +33,8 @@ def random(name: str) -> Graph:
 
 def quantized(graph: Graph, scheme: Any, **options: Any) -> Graph:
     """``graph`` with the weights of its blocks packed."""
-    lut = LutOptions(**options) if scheme == "lut" else None
-    apply(QuantizeBase(scheme=scheme, lut=lut), graph, check=False)
+    given = {"lut": LutOptions(**options)} if scheme == "lut" else options
+    apply(QuantizeBase(scheme=scheme, **given), graph, check=False)
     return graph
 
 

@@ -59,9 +59,9 @@ def test_chunks_compute_what_one_does() -> None:
 
 def test_a_limit_on_bytes_makes_as_many_chunks_as_it_takes() -> None:
     graph = random("qwen3")
-    whole = Decoder(graph, context=32).plan
+    whole = Decoder(graph, context=32, prefill=8).plan
     limit = whole.weight_bytes(whole.parts[1]) - 1
-    plan = Decoder(graph, context=32, profile=replace(load_profile(), part_bytes=limit)).plan
+    plan = Decoder(graph, context=32, prefill=8, profile=replace(load_profile(), part_bytes=limit)).plan
     assert [part.blocks for part in plan.parts] == [[], [0], [1], []]
 
 
@@ -77,11 +77,11 @@ def test_a_block_of_qwen3_is_these_ops() -> None:
     infer, prefill = (Counter(decoder.ops[1, name]) for name in ("infer", "prefill"))
     shared = {"add": 1, "mul": 1}  # the end of the block's slots, the signs of the sines
     assert {kind: (n - shared.get(kind, 0)) / 2 for kind, n in infer.items()} == {
-        "mul": 16, "concat": 10, "slice_by_index": 10, "conv": 7, "reshape": 7, "add": 6, "layer_norm": 4,
+        "mul": 15, "concat": 10, "slice_by_index": 10, "conv": 7, "reshape": 6, "add": 6, "layer_norm": 4,
         "slice_update": 2, "coreml_update_state": 2, "matmul": 2, "softmax": 1, "tanh": 1,
     }  # fmt: skip
     assert {kind: (n - shared.get(kind, 0)) / 2 for kind, n in prefill.items()} == {
-        "mul": 16, "concat": 10, "slice_by_index": 10, "conv": 7, "reshape": 9, "add": 6, "layer_norm": 4,
+        "mul": 15, "concat": 10, "slice_by_index": 10, "conv": 7, "reshape": 8, "add": 6, "layer_norm": 4,
         "slice_update": 2, "coreml_update_state": 2, "matmul": 2, "softmax": 1, "tanh": 1, "transpose": 4,
     }  # fmt: skip
     assert infer.total() / 2 <= 75 and prefill.total() / 2 <= 75

@@ -37,9 +37,9 @@ def test_an_encoder_has_a_function_for_every_length() -> None:
 
 def test_an_encoder_larger_than_the_limit_goes_on_in_chunks() -> None:
     graph = random("bert")
-    whole = planned(graph)[0]
+    whole = planned(graph, lengths=(32,))[0]
     profile = replace(load_profile(), part_bytes=whole.weight_bytes(whole.parts[0]) - 1)
-    plan, _ = planned(graph, profile=profile)
+    plan, _ = planned(graph, lengths=(32,), profile=profile)
     assert [(part.role, part.blocks) for part in plan.parts] == [("encoder", [0]), ("chunk", [1])]
     reference = graph(input_ids=torch.tensor([IDS]))[0].detach()
     assert psnr_db(reference, encoded(graph, IDS, 32, profile=profile)) > 60

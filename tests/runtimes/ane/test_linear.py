@@ -29,9 +29,10 @@ EVERYTHING = Selector(name="*")
 
 def packed(scheme: Any = None, *, bias: bool = False, times: float = 1.0, baked: bool = False, **lut: Any) -> Graph:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 48, bias=bias))
+    linear = nn.Linear(64, 48, bias=bias)
     with torch.no_grad():
-        module[0].weight.mul_(times)
+        linear.weight.mul_(times)
+    module = nn.Sequential(linear)
     graph = capture_module(module, torch.randn(3, 64))
     if scheme:
         options = LutOptions(**lut) if scheme == "lut" else None
