@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,31 @@ def evaluate_constant(graph: Graph, node: fx.Node) -> Tensor:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: evaluate_constant(graph, n))
         value: Tensor = node.target(*args, **kwargs)
     return value
+
+
+def evaluate(graph: Graph, nodes: Sequence[fx.Node], inputs: dict[str, Any]) -> list[Any]:
+    """The values of some nodes for the given inputs; of the rest of the graph only what they need is computed."""
+    wanted: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in wanted:
+            wanted.add(node)
+            pending += node.all_input_nodes
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in graph.module.graph.nodes:
+            if node not in wanted:
+                continue
+            if node.op == "placeholder":
+                values[node] = inputs[str(node.target)] if str(node.target) in inputs else node.args[0]
+            elif node.op == "get_attr":
+                values[node] = graph.tensor(str(node.target)).detach()
+            else:
+                assert callable(node.target)
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)
+    return [values[node] for node in nodes]
 
 
 def psnr_db(reference: Tensor, value: Tensor) -> float:

@@ -56,8 +56,11 @@ def export(
     dtype: str = "fp16",
     max_shard_size: str = "5GB",
     verify: bool = True,
+    **options: Any,
 ) -> Path:
     """Write an artifact for another runtime, load it back in a fresh process and compare; the folder written.
+
+    ``options`` are those of the target: chip, context, prefill, kv, chunks, lengths and dense_prefill of ``ane``.
 
     Raises QcError where the target cannot take the graph, and VerificationFailed where the export computes otherwise.
     """
@@ -65,7 +68,7 @@ def export(
     from recipes.settings import Export
 
     folder = artifact.folder if isinstance(artifact, Artifact) else find_artifact(str(artifact))
-    wanted = Export(target=target, dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+    wanted = Export(target=target, dtype=dtype, max_shard_size=max_shard_size, **options)  # type: ignore[arg-type]
     export_artifact(folder, wanted, Path(out), _silent, verify)
     return Path(out)
 
@@ -95,14 +98,14 @@ def generate(
     chat: bool = False,
 ) -> str:
     """What the model goes on with after ``prompt``."""
-    from qc.speaking import Speaker
+    from qc.speaking import open_speaker
     from runtimes.sampling import Sampling
 
-    folder = artifact.folder if isinstance(artifact, Artifact) else find_artifact(str(artifact))
+    given = str(artifact.folder if isinstance(artifact, Artifact) else artifact)
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
-    return str(Speaker(folder, sampling, chat).say(prompt, stream=False)["text"])
+    return str(open_speaker(given, DEFAULT, None, sampling, chat).say(prompt, stream=False)["text"])
 
 
 def evaluate(

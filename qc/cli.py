@@ -71,7 +71,7 @@ def train(run: RunArg = None, runs: Runs = RUNS, json: Json = False) -> None:
 def export(
     run: RunArg = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors.")
+        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors or ane.")
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
     out: Annotated[
@@ -81,13 +81,19 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace what was exported before, once the new is whole.")
     ] = False,
+    chip: Annotated[str | None, typer.Option(help="ane: chips and system, as m1-macos15.")] = None,
+    context: Annotated[int | None, typer.Option(help="ane: tokens that the cache holds.")] = None,
+    prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
+    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Write the newest artifact of a run (or any artifact) for another runtime, load it back and compare."""
     from qc.commands import export_command
 
-    export_command(run, target, dtype, out, verify, force, runs, json)
+    options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
+    export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 
 @app.command()
@@ -138,7 +144,10 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Ask for prompts until an empty line.")
     ] = False,
-    artifact: Annotated[str | None, typer.Option(help="An artifact or a run; without it, the latest run.")] = None,
+    artifact: Annotated[
+        str | None,
+        typer.Option(help="An artifact, a run, or an export for the Neural Engine; without it, the latest run."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that hold this share.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0 among all.")] = 0,
@@ -146,15 +155,21 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    mode: Annotated[
+        str | None, typer.Option(help="Of an export: the arithmetic, fp32, fp16 or ane; without it, fp32.")
+    ] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
-    """Generate text with a KV cache, streamed as it comes."""
+    """Generate text with a KV cache, streamed as it comes.
+
+    An export for the Neural Engine answers itself: its packages are read and computed as an app would use them.
+    """
     from qc.commands import generate_command
 
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
     settings |= {"max_tokens": max_tokens, "seed": seed}
-    generate_command(prompt, interactive, artifact, settings, chat, runs, json)
+    generate_command(prompt, interactive, artifact, settings, chat, mode, runs, json)
 
 
 @app.command(name="eval")
@@ -192,6 +207,24 @@ def verify(
     from qc.commands import verify_command
 
     verify_command(exported, artifact, runs, json)
+
+
+@app.command()
+def lint(
+    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export for ane, or one .mlpackage.")],
+    chip: Annotated[
+        str | None, typer.Option(help="Chips and system, as m1-macos15; without it, those it was made for.")
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Run it, for the rules that look at values.")] = True,
+    json: Json = False,
+) -> None:
+    """Say what of an export the Neural Engine is known not to take, or to compute wrongly, and what to do.
+
+    Exit code 1 if anything is an error.
+    """
+    from qc.commands import lint_command
+
+    lint_command(exported, chip, run, json)
 
 
 @app.command()

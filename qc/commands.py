@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def export_command(
     force: bool,
     runs: Path,
     as_json: bool,
+    options: Mapping[str, Any],
 ) -> None:
     """``qc export``."""
     with explained(as_json):
         from qc.exporting import export_newest
 
-        found = export_newest(given, target, dtype, out, verify, force, runs, tell)
+        found = export_newest(given, target, dtype, out, verify, force, runs, tell, options)
         result(found, as_json, lambda: str(found["folder"]))
 
 
@@ -197,6 +199,7 @@ def generate_command(
     given: str | None,
     settings: dict[str, Any],
     chat: bool,
+    mode: str | None,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -204,10 +207,10 @@ def generate_command(
     with explained(as_json):
         if prompt is None and not interactive:
             raise QcError("there is no prompt", fix='give --prompt "def main(" or --interactive')
-        from qc.speaking import Speaker
+        from qc.speaking import open_speaker
         from runtimes.sampling import Sampling
 
-        speaker = Speaker(find_artifact(given, runs), Sampling(**settings), chat)
+        speaker = open_speaker(given, runs, mode, Sampling(**settings), chat)
         if prompt is not None:
             if not as_json:
                 sys.stdout.write(prompt)
@@ -253,6 +256,23 @@ def verify_command(exported: Path, artifact: str | None, runs: Path, as_json: bo
 
         found = verify_export(exported, artifact, runs)
         result(found, as_json, lambda: str(found["text"]))
+
+
+def lint_command(exported: Path, chip: str | None, run: bool, as_json: bool) -> None:
+    """``qc lint``."""
+    with explained(as_json):
+        from runtimes.lint.report import lint
+
+        report = lint(exported, chip, run)
+        head = ["rule", "severity", "op", "found", "source", "what to do"]
+        rows = report.rows()
+        result(
+            report.as_dict(),
+            as_json,
+            lambda: (table(rows, head) + "\n\n" if rows else "") + report.summary(),
+        )
+        if not report.passed:
+            raise SystemExit(1)
 
 
 def cache_teacher_command(source: str, overrides: list[str], force: bool, runs: Path, as_json: bool) -> None:

@@ -199,6 +199,7 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
 
     from graph import capture
     from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
+    from runtimes.export import obstacles
 
     _expect_one_model(recipe)
     errors: list[QcError] = []
@@ -221,6 +222,7 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
             except QcError as error:
                 errors.append(error)
                 graph = before
+        errors += [error for wanted in stage.export for error in obstacles(wanted.target, graph, wanted.options())]
     return graph, errors
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def export_artifact(
             max_shard=_bytes_of(wanted.max_shard_size),
             tokenizer=loaded.tokenizer,
             force=force,
+            **wanted.options(),
         )
         tell(f"wrote {report.folder}: {size(report.bytes)}")
     found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
@@ -72,7 +74,7 @@ def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
             f"{folder} does not compute what {loaded.folder} computes",
             fix="see the table; remove the export and export again",
         )
-    return {"export/psnr_db": report.psnr_db, "top1": report.top1}
+    return {key: report.figures()[key] for key in ("export/psnr_db", "top1")}
 
 
 def export_newest(
@@ -84,15 +86,19 @@ def export_newest(
     force: bool,
     runs: Path,
     tell: Tell,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``qc export``: of an artifact as it is, or of a run, whose remaining passes are run first."""
+    """``qc export``: of an artifact as it is, or of a run, whose remaining passes are run first.
+
+    ``options`` are those of the target; they go before what the recipe says.
+    """
     from runtimes.export import find
 
     find(target)
-    if dtype is not None and dtype not in ("fp16", "bf16", "fp32"):
-        raise QcError(f"{dtype!r} is no dtype to export", fix="use fp16, bf16 or fp32")
+    _check(target, dtype, options or {})
+    asked: dict[str, Any] = {key: value for key, value in (options or {}).items() if value is not None}
     if given is not None and (Path(given) / "manifest.json").is_file():
-        wanted = Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
+        wanted = Export(target=target, dtype=dtype or "fp16", **asked)  # type: ignore[arg-type]
         folder = out or Path(given).parent / f"export-{target}-{wanted.dtype}"
         return export_artifact(Path(given), wanted, folder, tell, verify, force)
     run = find_run(given, runs)
@@ -101,11 +107,24 @@ def export_newest(
     said = next(
         (e for s in recipe.plan() for e in s.export if e.target == target and (dtype is None or e.dtype == dtype)), None
     )
-    wanted = said or Export(target="safetensors", dtype=dtype or "fp16")  # type: ignore[arg-type]
+    wanted = replace(said or Export(target=target, dtype=dtype or "fp16"), **asked)  # type: ignore[arg-type]
     folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
     found = export_artifact(artifact, wanted, folder, tell, verify, force)
     run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
     return found
+
+
+def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:
+    """Values that no recipe could hold."""
+    if dtype is not None and dtype not in ("fp16", "bf16", "fp32"):
+        raise QcError(f"{dtype!r} is no dtype to export", fix="use fp16, bf16 or fp32")
+    given = [key for key, value in options.items() if value is not None]
+    if given and target != "ane":
+        raise QcError(f"--{given[0]} belongs to the target ane", fix=f"take --{given[0]} out, or add --target ane")
+    for key, least in (("context", 1), ("prefill", 0), ("chunks", 1)):
+        value = options.get(key)
+        if value is not None and value < least:
+            raise QcError(f"--{key} is {value}", fix=f"give a number from {least}")
 
 
 def finish_passes(run: Run, recipe: Recipe, tell: Tell) -> tuple[Stage, Path]:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from recipes.document import Node
 from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
-from recipes.settings import Gate
+from recipes.settings import ANE_OPTIONS, Gate
 from runtimes.settings import Evaluate, Group, KdCache, Train
 
 COMPARED = ("<", "<=", ">", ">=", "==")
@@ -176,11 +176,17 @@ def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None
 
 
 def check_exports(exports: Node, mistakes: Mistakes) -> None:
-    """No export writes where another one does."""
+    """No export writes where another one does, and options stand with the target that has them."""
     seen: dict[str, Node] = {}
     for node in exports.list:
         target = str(node.map["target"].value if "target" in node.map else "")
         dtype = node.map["dtype"].value if "dtype" in node.map else "fp16"
+        for key in ANE_OPTIONS if target == "safetensors" else ():
+            if key in node.map and node.map[key].value is not None:
+                mistakes.add(node.map[key].key, f"{key} belongs to the target ane", f"take {key} out")
+        if target == "ane" and dtype not in ("fp16", None):
+            what = f"the Neural Engine computes in fp16, not {dtype}"
+            mistakes.add(node.map["dtype"].place, what, "set dtype to fp16, or take it out")
         where = str(node.map["out"].value if "out" in node.map else f"{target}-{dtype}")
         if where in seen and node.map:
             what = f"this export writes to the same folder as that of {seen[where].place}"

@@ -6,12 +6,12 @@ The fields are the keys of a recipe; their docstrings become the descriptions of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from recipes.metrics import MetricName
-from recipes.numbers import Count, Text
+from recipes.numbers import Count, Natural, Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Gate:
 class Export:
     """Something to write for another runtime."""
 
-    target: Literal["safetensors"]
-    """The runtime's format."""
+    target: Literal["safetensors", "ane"]
+    """The runtime's format: a folder for transformers, or Core ML packages for the Apple Neural Engine."""
 
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Dtype of the floating tensors."""
@@ -46,6 +46,36 @@ class Export:
 
     out: Text | None = None
     """Folder to write, relative to the current one; without it, one in the run's folder."""
+
+    chip: Text | None = None
+    """For ane: the chips and system to write for, m1-macos15 or a17-ios18; without it, m4-macos15."""
+
+    context: Count | None = None
+    """For ane: tokens that the cache of a decoder holds; without it, 512."""
+
+    prefill: Natural | None = None
+    """For ane: tokens of the function that reads a prompt; without it 64, and 0 for none."""
+
+    kv: Literal["state_slice", "state_blend", "io"] | None = None
+    """For ane: keys and values in a state written by slices or blended in, or as inputs and outputs; without it,
+    state_slice."""
+
+    chunks: Count | None = None
+    """For ane: packages that the blocks are spread over; without it, as few as the chip takes."""
+
+    lengths: tuple[Count, ...] | None = None
+    """For ane: lengths of the functions of an encoder; without it, 128."""
+
+    dense_prefill: bool | None = None
+    """For ane: multiply low-rank scales out in the function that reads a prompt: faster, and larger. Without it, no."""
+
+    def options(self) -> dict[str, Any]:
+        """What is said of the target alone, by the names of its options."""
+        return {key: getattr(self, key) for key in ANE_OPTIONS if getattr(self, key) is not None}
+
+
+ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill")
+"""The fields of an export that belong to the target ane."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Generate text from a graph: with a key/value cache wherever the graph takes one, streamed, in batches."""
+"""Generate text: from a graph, with a key/value cache wherever it takes one, or from whatever else reads tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from graph import Graph, QcError
-from graph.cache import has_cache, insert_cache
-from graph.probe import vocabulary
 from runtimes.detokenize import StopFinder, TextStream
-from runtimes.reading import Cached, Recomputed
+from runtimes.reading import GraphModel, Model
 from runtimes.sampling import Chooser, Sampling
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -89,19 +87,16 @@ def _listed(prompt: Any) -> list[Prompt]:
 
 
 class Generator:
-    """A graph made ready to generate, for any number of prompts.
+    """A model that continues any number of prompts.
 
-    The graph may have its cache already; if not, a copy of it over the same tensors gets one. A model that cannot
-    have one reads everything again for each token, and ``Generated.uncached`` says so. Tokens in ``eos`` end a text:
-    without it, those that the model's configuration and the tokenizer name.
+    Tokens in ``eos`` end a text: without it, those that the configuration of a graph and the tokenizer name.
     """
 
-    def __init__(self, graph: Graph, tokenizer: Any, *, eos: Sequence[int] | None = None):
-        self.graph, self.uncached = _cached(graph)
+    def __init__(self, model: Graph | Model, tokenizer: Any, *, eos: Sequence[int] | None = None):
+        config = model.config if isinstance(model, Graph) else {}
+        self.model: Model = GraphModel(model) if isinstance(model, Graph) else model
         self.tokenizer = tokenizer
-        self.eos = frozenset(ends(graph, tokenizer) if eos is None else eos)
-        self.vocabulary = vocabulary(graph)
-        self.limit = _limit(graph)
+        self.eos = frozenset(ends(config, tokenizer) if eos is None else eos)
 
     def __call__(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, chat: bool = False, stream: OnText | None = None
@@ -115,8 +110,9 @@ class Generator:
         rows = [_Row(self.tokenizer, closing, i, ids, sampling, stream) for i, ids in enumerate(encoded)]
         longest = max(len(row.prompt) for row in rows)
         self._fits(longest, sampling.max_tokens)
-        reader = self._reader([row.prompt for row in rows], longest + sampling.max_tokens)
-        choose = Chooser(sampling, len(rows), self.graph.device)
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        reader = self.model.reader([row.prompt for row in rows], longest + sampling.max_tokens, padding)
+        choose = Chooser(sampling, len(rows), self.model.device)
         with torch.inference_mode():
             began = time.perf_counter()
             logits = reader.start()
@@ -129,7 +125,7 @@ class Generator:
                     break
                 logits = reader.next(tokens)
         done = tuple(row.result() for row in rows)
-        return Generated(done, read - began, time.perf_counter() - read, self.uncached)
+        return Generated(done, read - began, time.perf_counter() - read, self.model.uncached)
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """The tokens of a prompt, checked."""
@@ -143,9 +139,10 @@ class Generator:
             ids = [token for token in prompt if isinstance(token, int)]
         if not ids:
             raise QcError("the prompt is empty", fix="give a text to go on from")
-        foreign = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        known = self.model.vocabulary
+        foreign = next((token for token in ids if not 0 <= token < known), None)
         if foreign is not None:
-            what = f"the prompt has token {foreign}, the model knows {self.vocabulary}"
+            what = f"the prompt has token {foreign}, the model knows {known}"
             raise QcError(what, fix="use the tokenizer that belongs to the model")
         return ids
 
@@ -156,19 +153,14 @@ class Generator:
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     def _fits(self, prompt: int, more: int) -> None:
-        if self.limit is None or prompt + more <= self.limit:
+        limit = self.model.limit
+        if limit is None or prompt + more <= limit:
             return
-        room = self.limit - prompt
+        room = limit - prompt
         raise QcError(
-            f"a prompt of {prompt} tokens and {more} more exceed the model's {self.limit} positions",
+            f"a prompt of {prompt} tokens and {more} more exceed the model's {limit} positions",
             fix=f"lower max_tokens to {room}" if room > 0 else "shorten the prompt",
         )
-
-    def _reader(self, prompts: list[list[int]], slots: int) -> Cached | Recomputed:
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        if self.uncached is None:
-            return Cached(self.graph, prompts, slots, padding)
-        return Recomputed(self.graph, prompts, padding)
 
 
 class _Row:
@@ -213,29 +205,12 @@ class _Row:
         return Continuation(self.text, tuple(self.ids), len(self.prompt), self.finish)
 
 
-def _cached(graph: Graph) -> tuple[Graph, str | None]:
-    """The graph with a cache; or itself, and why it takes none."""
-    if graph.kind == "encoder":
-        raise QcError("an encoder generates no text", fix="give a causal language model")
-    graph.materialize()
-    if any(graph.tensor(name).is_meta for name in graph.tensors()):
-        raise QcError("the graph has no weights", fix="capture a model folder, not a configuration")
-    if has_cache(graph):
-        return graph, None
-    copy = graph.copy()
-    try:
-        insert_cache(copy)
-    except QcError as error:
-        return graph, error.what
-    return copy, None
-
-
-def ends(graph: Graph, tokenizer: Any, folder: Path | None = None) -> list[int]:
+def ends(config: Mapping[str, Any], tokenizer: Any, folder: Path | None = None) -> list[int]:
     """The tokens that end a text: those of the model, the tokenizer's, and those of ``generation_config.json``.
 
     Many chat models name the end of a turn only in that file, which lies in ``folder``.
     """
-    named = [graph.config.get("eos_token_id"), tokenizer.eos_token_id]
+    named = [config.get("eos_token_id"), tokenizer.eos_token_id]
     path = folder / "generation_config.json" if folder is not None else None
     if path is not None and path.is_file():
         try:
@@ -260,9 +235,3 @@ def _turn_ends(tokenizer: Any) -> frozenset[int]:
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return frozenset(ids[:1]) & special
-
-
-def _limit(graph: Graph) -> int | None:
-    """The most positions the model knows."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    return next((graph.config[n] for n in names if isinstance(graph.config.get(n), int)), None)

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from graph import Graph
-from graph.cache import Cache
+from graph import Graph, QcError
+from graph.cache import Cache, has_cache, insert_cache
+from graph.probe import vocabulary
 
 CHUNK = 512
 """Tokens of a prompt that are read at once: it bounds the logits held, [B, CHUNK, V]."""
+
+
+class Reader(Protocol):
+    """Reads some prompts, and then a token of each at a time."""
+
+    def start(self) -> Tensor:
+        """The logits [B, V] behind the prompts."""
+        ...
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] behind one more token [B]."""
+        ...
+
+
+class Model(Protocol):
+    """What a ``Generator`` asks of a model: a graph made ready, or an export that runs."""
+
+    vocabulary: int
+    uncached: str | None
+    """Why it reads everything again for each token; None where it has a cache."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its logits are."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """The most positions it knows; None where nobody says."""
+        ...
+
+    def reader(self, prompts: list[list[int]], slots: int, padding: int) -> Reader:
+        """A reader of prompts that has room for ``slots`` tokens a row."""
+        ...
 
 
 class Cached:
@@ -59,3 +96,50 @@ class Recomputed:
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         return self.start()
+
+
+class GraphModel:
+    """A graph made ready to generate.
+
+    It may have its cache already; if not, a copy of it over the same tensors gets one. A model that cannot have one
+    reads everything again for each token, and ``Generated.uncached`` says so.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph, self.uncached = _cached(graph)
+        self.vocabulary = vocabulary(graph)
+        self.limit = _limit(graph)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the graph."""
+        return self.graph.device
+
+    def reader(self, prompts: list[list[int]], slots: int, padding: int) -> Reader:
+        """With the cache if there is one."""
+        if self.uncached is None:
+            return Cached(self.graph, prompts, slots, padding)
+        return Recomputed(self.graph, prompts, padding)
+
+
+def _cached(graph: Graph) -> tuple[Graph, str | None]:
+    """The graph with a cache; or itself, and why it takes none."""
+    if graph.kind == "encoder":
+        raise QcError("an encoder generates no text", fix="give a causal language model")
+    graph.materialize()
+    if any(graph.tensor(name).is_meta for name in graph.tensors()):
+        raise QcError("the graph has no weights", fix="capture a model folder, not a configuration")
+    if has_cache(graph):
+        return graph, None
+    copy = graph.copy()
+    try:
+        insert_cache(copy)
+    except QcError as error:
+        return graph, error.what
+    return copy, None
+
+
+def _limit(graph: Graph) -> int | None:
+    """The most positions the model knows."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((graph.config[n] for n in names if isinstance(graph.config.get(n), int)), None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from graph.errors import QcError
 
@@ -50,3 +51,9 @@ def find(target: str) -> Callable[..., ExportReport]:
         raise QcError(f"no export target is called {target!r}", fix=fix)
     found: Callable[..., ExportReport] = import_module(f"runtimes.export.{target}").export
     return found
+
+
+def obstacles(target: str, graph: Any, options: Mapping[str, Any]) -> list[QcError]:
+    """What stands in the way of an export, as far as shapes tell; only some targets can say."""
+    check = getattr(import_module(f"runtimes.export.{target}"), "check", None)
+    return [] if check is None else list(check(graph, **options))

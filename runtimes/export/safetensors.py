@@ -7,10 +7,7 @@ architecture. The folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,17 +16,14 @@ import torch
 from torch import Tensor
 
 from graph import Graph, QcError, raise_all
-from graph.artifact import TOKENIZER_FILES, appearing, copy_tokenizer
 from graph.dense import Dense, checkpoint_tensors, model_config
-from graph.weights import Entry, sha256, write
-from runtimes.export import ABOUT, ExportReport
+from graph.weights import Entry, write
+from runtimes.export import ExportReport
+from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
 
 Dtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-_EMBEDDER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
-"""What sentence-transformers reads beside the model."""
 
 
 def export(
@@ -52,19 +46,16 @@ def export(
     tensors = _prepared(graph, out, dtype, source, tokenizer, force)
     count = _Count(DTYPES[dtype], dtype)
     carried = tokenizer or source
-    with _replacing(out, force) as new:
+    with replacing(out, force) as new:
         write(new, [count.entry(tensor) for tensor in tensors], stem="model", max_shard=max_shard)
-        _write_json(new / "config.json", _config(graph, dtype))
+        write_json(new / "config.json", _config(graph, dtype))
         if carried is not None:
-            _carry(carried, new)
+            carry(carried, new)
         if graph.kind == "causal-lm" and not (new / "generation_config.json").is_file():
-            _write_json(new / "generation_config.json", _generation_config(graph))
-        files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
-        hashes = {name: {"sha256": sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
+            write_json(new / "generation_config.json", _generation_config(graph))
         head = {"format": "qc-export", "version": 1, "target": "safetensors", "dtype": dtype}
-        _write_json(new / ABOUT, {**head, **(about or {}), "files": hashes})
-    sizes = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    return ExportReport(out, "safetensors", dtype, sizes, count.figures())
+        sign(new, {**head, **(about or {})})
+    return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
 
 
 def _prepared(
@@ -76,31 +67,9 @@ def _prepared(
     tensors, errors = checkpoint_tensors(graph)
     if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
-    for folder, what in ((source, "model folder"), (tokenizer, "tokenizer folder")):
-        if folder is not None and not folder.is_dir():
-            errors.append(QcError(f"there is no {what} {folder}", fix="check the path"))
-        elif folder is tokenizer is not None and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
-            errors.append(QcError(f"{tokenizer} has no tokenizer", fix="give the folder that holds tokenizer.json"))
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force)):
-        fix = "give another folder, or remove it first: nothing is overwritten"
-        errors.append(QcError(f"{out} is already there", fix=fix))
+    errors += in_the_way(out, source, tokenizer, force)
     raise_all(errors)
     return tensors
-
-
-@contextmanager
-def _replacing(out: Path, force: bool) -> Iterator[Path]:
-    """A new folder that takes the place of ``out`` when it is whole."""
-    if not (force and out.is_dir() and any(out.iterdir())):
-        with appearing(out) as new:
-            yield new
-        return
-    fresh, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    with appearing(fresh) as new:
-        yield new
-    os.replace(out, old)
-    os.replace(fresh, out)
-    shutil.rmtree(old)
 
 
 @dataclass
@@ -182,15 +151,3 @@ def _generation_config(graph: Graph) -> dict[str, Any]:
     settings = GenerationConfig.from_model_config(model_config(graph))
     made: dict[str, Any] = json.loads(settings.to_json_string(use_diff=True))
     return made
-
-
-def _carry(folder: Path, new: Path) -> None:
-    copy_tokenizer(folder, new)
-    for name in _EMBEDDER:
-        if (folder / name).is_file():
-            (new / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, new / name)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

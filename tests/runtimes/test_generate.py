@@ -175,13 +175,13 @@ def test_a_chat_is_put_into_the_template_and_ends_with_the_turn() -> None:
 
 def test_ends_that_only_the_generation_configuration_names_end_a_text(tmp_path: Path) -> None:
     small = graph("qwen3")
-    assert ends(small, tokenizer(), tmp_path) == [0]
+    assert ends(small.config, tokenizer(), tmp_path) == [0]
     path = tmp_path / "generation_config.json"
     path.write_text('{"eos_token_id": [3, 0]}')
-    assert ends(small, tokenizer(), tmp_path) == [0, 3]
+    assert ends(small.config, tokenizer(), tmp_path) == [0, 3]
     path.write_text("[]")
     with pytest.raises(QcError) as caught:
-        ends(small, tokenizer(), tmp_path)
+        ends(small.config, tokenizer(), tmp_path)
     assert str(caught.value) == f"{path} is not a generation configuration\n  fix    repair it, or remove it"
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from graph import Graph, QcError, capture
 from graph.weights import sha256
-from runtimes import verify_worker
 from runtimes.export import ABOUT
 from runtimes.export.safetensors import Dtype, export
-from runtimes.verify import Rounded, probe_batches, verify
+from runtimes.verify import weights_worker
+from runtimes.verify.weights import Rounded, probe_batches
+from runtimes.verify.weights import verify_weights as verify
 from tests.architectures import config
 from tests.runtimes.test_export_safetensors import tokenizer_folder
 
@@ -53,14 +54,14 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         try:
-            verify_worker.main(*command[3:])
+            weights_worker.main(*command[3:])
         except SystemExit as stop:
             return subprocess.CompletedProcess(command, 1, "", str(stop))
         except (OSError, ValueError, RuntimeError) as error:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("runtimes.verify.subprocess.run", run)
+    monkeypatch.setattr("runtimes.verify.findings.subprocess.run", run)
 
 
 def failing(folder: Path, tokenizer: Any = None) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Does an export compute what its graph computes? An independent reader loads it in a fresh process and tells.
+"""Verifying an export of weights: transformers loads it and computes with it.
 
 Two references, because two things can go wrong. *Written right*: the graph in fp32 with every weight rounded to the
 export's dtype; transformers must agree to 70 dB, for nothing is left but the order of additions. *Rounded well*: the
@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,9 +22,9 @@ from graph.core import Streaming
 from graph.dense import constant_nodes
 from graph.probe import psnr_db, vocabulary
 from graph.sites import Site
-from graph.weights import read_header, sha256
+from graph.weights import read_header
 from runtimes.export import ABOUT
-from runtimes.verify_worker import PROBE_TEXTS
+from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
 
 Probe: TypeAlias = tuple[Tensor, Tensor]
 """Tokens and mask, [B, T] each."""
@@ -40,15 +36,6 @@ ROUNDED_DB = {"fp32": 70.0, "fp16": 45.0, "bf16": 25.0}
 """PSNR of the export against the graph as it is, by the export's dtype."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked."""
-
-    what: str
-    passed: bool
-    found: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +62,7 @@ class Verification:
 
     def table(self) -> str:
         """One line for everything that was checked."""
-        width = max(len(f.what) for f in self.findings)
-        return "\n".join(f"{'ok  ' if f.passed else 'FAIL'}  {f.what:<{width}}  {f.found}" for f in self.findings)
+        return table(self.findings)
 
     def figures(self) -> dict[str, float | bool]:
         """For a report or ``--json``."""
@@ -86,14 +72,14 @@ class Verification:
         }  # fmt: skip
 
 
-def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
+def verify_weights(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
     """Check the export in ``folder`` against the ``graph`` it was made of; it may lie on disk still.
 
     ``tokenizer`` is that of the model, to compare the export's with; without it, the export's must agree with itself.
     ``timeout`` in seconds is for the process that reads the export.
     """
     about = _about(folder)
-    files = (_hashes(folder, about), _headers(folder, about))
+    files = (hashes(folder, about), _headers(folder, about))
     if not all(finding.passed for finding in files):
         return _unread(files)
     probes = probe_batches(graph)
@@ -138,26 +124,10 @@ def _tokens(values: list[Tensor], probes: list[Probe]) -> Tensor:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    path = folder / ABOUT
-    if not path.is_file():
-        raise QcError(f"{folder} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
-    try:
-        about: dict[str, Any] = json.loads(path.read_text())
-        if about["format"] != "qc-export" or about["dtype"] not in _DTYPES or not isinstance(about["files"], Mapping):
-            raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise QcError(f"{path} is damaged", fix="export again") from None
+    about = read_about(folder)
+    if about.get("dtype") not in _DTYPES:
+        raise QcError(f"{folder / ABOUT} is damaged", fix="export again")
     return about
-
-
-def _hashes(folder: Path, about: dict[str, Any]) -> Finding:
-    for name, entry in about["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return Finding("files", False, f"{name} is missing")
-        if sha256(path) != entry["sha256"]:
-            return Finding("files", False, f"{name} is not what was written: its sha256 is wrong")
-    return Finding("files", True, f"{len(about['files'])}, each with its sha256")
 
 
 def _headers(folder: Path, about: dict[str, Any]) -> Finding:
@@ -202,20 +172,12 @@ def _read(folder: Path, graph: Graph, probes: list[Probe], timeout: float) -> tu
     named = {f"ids_{i}": ids for i, (ids, _) in enumerate(probes)} | {
         f"mask_{i}": mask for i, (_, mask) in enumerate(probes)
     }
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
         inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
         save_file(named, inputs, metadata={"kind": graph.kind})
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-m", "runtimes.verify_worker", str(folder), str(inputs), str(outputs)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-        except subprocess.TimeoutExpired:
-            return f"the reader did not finish in {timeout:g} s", {}
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"the reader ended with {done.returncode}"]
-            return lines[-1][:300], {}
+        failed = read_afresh("runtimes.verify.weights_worker", folder, inputs, outputs, timeout)
+        if failed is not None:
+            return failed, {}
         with safe_open(outputs, framework="pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
             return [file.get_tensor(f"out_{i}") for i in range(len(probes))], facts

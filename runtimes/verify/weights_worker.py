@@ -1,7 +1,7 @@
 """The reader that an export is verified with: a process of its own, which knows transformers and not the graph.
 
-``python -m runtimes.verify_worker FOLDER INPUTS OUTPUTS`` loads the export in fp32, runs it on the probe batches of
-INPUTS, and writes what comes out, and what it found of tokenizer and generation settings, to OUTPUTS.
+``python -m runtimes.verify.weights_worker FOLDER INPUTS OUTPUTS`` loads the export in fp32, runs it on the probe
+batches of INPUTS, and writes what comes out, and what it found of tokenizer and generation settings, to OUTPUTS.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PROBE_TEXTS = ("def main(argv):\n    return 0\n", "The quick brown fox, naïve café, 東京.", " two  spaces\tand a tab")
+from runtimes.verify.findings import PROBE_TEXTS
 
 
 def main(folder: str, inputs: str, outputs: str) -> None:

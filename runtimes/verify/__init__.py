@@ -1,0 +1,33 @@
+"""Does an export compute what its graph computes? An independent reader loads it in a fresh process and tells.
+
+weights    exports of weights: transformers reads them
+packages   Core ML packages: the interpreter of runtimes/mil reads them
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graph import Graph, QcError
+from runtimes.verify.findings import Finding, Report, read_about
+
+__all__ = ["Finding", "Report", "verify"]
+
+
+def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Report:
+    """Check the export in ``folder`` against the ``graph`` it was made of; it may lie on disk still.
+
+    ``tokenizer`` is that of the model, to compare the export's with; without it, the export's must agree with itself.
+    ``timeout`` in seconds is for the process that reads the export.
+    """
+    target = read_about(folder)["target"]
+    if target == "safetensors":
+        from runtimes.verify.weights import verify_weights
+
+        return verify_weights(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target == "ane":
+        from runtimes.verify.packages import verify_packages
+
+        return verify_packages(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    raise QcError(f"{folder} is written for {target!r}, which is not known", fix="verify it with the qc that wrote it")

@@ -1,0 +1,96 @@
+"""What every verification shares: its findings, the files of an export, a process for the reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from graph import QcError
+from graph.weights import sha256
+from runtimes.export import ABOUT
+
+PROBE_TEXTS = ("def main(argv):\n    return 0\n", "The quick brown fox, naïve café, 東京.", " two  spaces\tand a tab")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    what: str
+    passed: bool
+    found: str
+
+
+class Report(Protocol):
+    """What was found of an export, whatever its target."""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that was checked."""
+        ...
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        ...
+
+    def table(self) -> str:
+        """One line for everything that was checked."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """For a report or ``--json``; ``export/psnr_db`` and ``top1`` are always there."""
+        ...
+
+
+def table(findings: tuple[Finding, ...]) -> str:
+    """One line for everything that was checked."""
+    width = max(len(f.what) for f in findings)
+    return "\n".join(f"{'ok  ' if f.passed else 'FAIL'}  {f.what:<{width}}  {f.found}" for f in findings)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What an export says of itself."""
+    path = folder / ABOUT
+    if not path.is_file():
+        raise QcError(f"{folder} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
+    try:
+        about: dict[str, Any] = json.loads(path.read_text())
+        if about["format"] != "qc-export" or not isinstance(about["files"], Mapping) or not about["target"]:
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise QcError(f"{path} is damaged", fix="export again") from None
+    return about
+
+
+def hashes(folder: Path, about: Mapping[str, Any]) -> Finding:
+    """Every file is there, and what was written."""
+    for name, entry in about["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return Finding("files", False, f"{name} is missing")
+        if sha256(path) != entry["sha256"]:
+            return Finding("files", False, f"{name} is not what was written: its sha256 is wrong")
+    return Finding("files", True, f"{len(about['files'])}, each with its sha256")
+
+
+def read_afresh(module: str, folder: Path, inputs: Path, outputs: Path, timeout: float) -> str | None:
+    """Run a reader in a process of its own; why it failed, or None."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", module, str(folder), str(inputs), str(outputs)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"the reader did not finish in {timeout:g} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the reader ended with {done.returncode}"]
+        return lines[-1][:300]
+    return None

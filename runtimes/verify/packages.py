@@ -1,0 +1,188 @@
+"""Verifying Core ML packages: the interpreter reads what was saved and computes with it, in each of its modes.
+
+The reference is the graph in fp32 with its weights as they are. What fp32 mode differs by is what the packages hold
+otherwise than the graph, scales rounded to fp16 for the most part; what fp16 and ane mode differ by is what a device
+may add to that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graph import Graph
+from graph.probe import psnr_db
+from runtimes.coreml.meta import Meta, read_meta
+from runtimes.generate import Generator
+from runtimes.mil import MODES
+from runtimes.sampling import Sampling
+from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
+from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens
+
+LEAST_DB = {"fp32": 60.0, "fp16": 40.0, "ane": 40.0}
+"""PSNR against the graph, by mode."""
+
+_TIE = 4.0
+"""Two tokens whose logits differ by less than so many times the largest error of fp32 mode are as likely."""
+
+
+@dataclass(frozen=True)
+class PackageVerification:
+    """What was found of an export."""
+
+    findings: tuple[Finding, ...]
+    numbers: dict[str, float] = field(default_factory=dict)
+    """``fp32/psnr_db``, ``fp32/top1``, ``fp32/max_difference`` and so on for each mode."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(finding.passed for finding in self.findings)
+
+    def table(self) -> str:
+        """One line for everything that was checked."""
+        return table(self.findings)
+
+    def figures(self) -> dict[str, Any]:
+        """For a report or ``--json``. ``export/psnr_db`` is that of fp16 mode, what a device computes at best."""
+        psnr, top1 = self.numbers.get("fp16/psnr_db", -math.inf), self.numbers.get("fp16/top1", 0.0)
+        return {"passed": self.passed, "export/psnr_db": psnr, "top1": top1, **self.numbers}
+
+
+def verify_packages(
+    folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0
+) -> PackageVerification:
+    """Check the packages in ``folder`` against the graph; ``runtimes.verify.verify`` says the rest."""
+    files = hashes(folder, read_about(folder))
+    if not files.passed:
+        return PackageVerification((files,))
+    meta = read_meta(folder)
+    rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta)
+    prompts = greedy_prompts(meta, tokenizer) if meta.kind == "causal-lm" else []
+    read = _read(folder, meta, rows, prompts, timeout)
+    if isinstance(read, str):
+        return PackageVerification((files, Finding("the interpreter reads it", False, read)))
+    exact = _in_fp32(graph)
+    findings = [files, Finding("the interpreter reads it", True, str(read.facts["packages"]))]
+    numbers: dict[str, float] = {}
+    wanted = [_of_graph(exact, row) for row in rows]
+    for mode in MODES:
+        findings.append(_compared(mode, rows, wanted, read, numbers))
+    if prompts:
+        findings.append(_greedy(exact, prompts, read, numbers["fp32/max_difference"]))
+    findings.append(_tokenizer(read.facts["tokenizer"], tokenizer))
+    return PackageVerification(tuple(findings), numbers)
+
+
+@dataclass(frozen=True)
+class _Read:
+    values: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def _read(folder: Path, meta: Meta, rows: list[Row], prompts: list[list[int]], timeout: float) -> _Read | str:
+    """What the packages compute, in a process of its own; or why it does not."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    given = {f"row_{i}": torch.tensor(row.ids) for i, row in enumerate(rows)}
+    given |= {f"prompt_{i}": torch.tensor(ids) for i, ids in enumerate(prompts)}
+    asked = {
+        "rows": [{"pieces": row.pieces, "modes": row.modes, "seen": row.seen} for row in rows],
+        "tokens": greedy_tokens(meta),
+        "kind": meta.kind,
+    }
+    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
+        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
+        save_file(given, inputs, metadata={"asked": json.dumps(asked)})
+        failed = read_afresh("runtimes.verify.packages_worker", folder, inputs, outputs, timeout)
+        if failed is not None:
+            return failed
+        with safe_open(outputs, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+        return _Read(load_file(outputs), facts)
+
+
+def _in_fp32(graph: Graph) -> Graph:
+    exact = graph.copy()
+    if exact.dtype is not torch.float32:
+        exact.to(torch.float32)
+    return exact
+
+
+def _of_graph(exact: Graph, row: Row) -> Tensor:
+    """What the graph gives at the positions of a row that are looked at, [tokens, V or C]."""
+    ids = torch.tensor([row.ids], device=exact.device)
+    with torch.no_grad():
+        found: Tensor = exact(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return found[0, row.seen :].float().cpu()
+
+
+def _compared(mode: str, rows: list[Row], wanted: list[Tensor], read: _Read, numbers: dict[str, float]) -> Finding:
+    """The numbers of one mode, over all tokens that it was asked for."""
+    asked = [i for i, row in enumerate(rows) if mode in row.modes]
+    theirs = torch.cat([read.values[f"{mode}_{i}"] for i in asked])
+    ours = torch.cat([wanted[i] for i in asked])
+    numbers[f"{mode}/psnr_db"] = found = psnr_db(ours, theirs)
+    numbers[f"{mode}/top1"] = top1 = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
+    numbers[f"{mode}/max_difference"] = difference = (theirs.double() - ours.double()).abs().max().item()
+    least = LEAST_DB[mode]
+    told = f"{found:.1f} dB PSNR of {least:g} dB, max |Δ| {difference:.2g}, top-1 agreement {top1:.1%}"
+    where = read.facts["infinite"].get(mode)
+    if where is not None:
+        told = f"values are not finite from {where} on"
+    return Finding(f"in {mode} arithmetic", found >= least and where is None, told)
+
+
+def _greedy(exact: Graph, prompts: list[list[int]], read: _Read, error: float) -> Finding:
+    """The likeliest tokens behind some prompts, over prefill and decode, are those that the graph generates."""
+    count = read.values["greedy"].shape[1]
+    generator = Generator(exact, _NoText(), eos=())
+    found = [generator([ids], Sampling(max_tokens=count)).rows[0].ids for ids in prompts]
+    ties = 0
+    for number, (ids, ours) in enumerate(zip(prompts, found, strict=True)):
+        theirs = read.values["greedy"][number].tolist()
+        step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        if step is None:
+            continue
+        logits = _last(exact, [*ids, *ours[:step]])
+        gap = float(logits[ours[step]] - logits[theirs[step]])
+        if gap > _TIE * error:
+            what = f"prompt {number + 1} gives {theirs[step]} and not {ours[step]} as token {step + 1}"
+            return Finding("greedy tokens", False, f"{what}, {gap:.2g} less likely in logits")
+        ties += 1
+    same = f"{len(prompts)} prompts, {count} tokens each, the same as the graph's"
+    return Finding("greedy tokens", True, same + (f"; {ties} leave at a tie" if ties else ""))
+
+
+def _last(exact: Graph, ids: Sequence[int]) -> Tensor:
+    row = torch.tensor([list(ids)], device=exact.device)
+    with torch.no_grad():
+        found: Tensor = exact(input_ids=row, attention_mask=torch.ones_like(row))
+    return found[0, -1].float().cpu()
+
+
+class _NoText:
+    """Stands in for a tokenizer where only tokens count."""
+
+    pad_token_id = 0
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        """No text at all."""
+        return ""
+
+
+def _tokenizer(said: dict[str, Any] | None, tokenizer: Any) -> Finding:
+    if said is None:
+        return Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing")
+    wanted = said["ids"] if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
+    same = said["ids"] == wanted
+    return Finding("tokenizer", same, f"{len(PROBE_TEXTS)} texts, the same tokens" if same else "gives other tokens")
