@@ -11,7 +11,7 @@ from graph import Graph, Selector, Site
 from graph.formats import Int8, make_format, store_packed
 from passes.base import Report
 from passes.dequantize import Dequantize
-from passes.quantize_base import QuantizeBase
+from passes.quantize_base import Packing, QuantizeBase
 from passes.snap import Snap
 from tests.passes.sabotage import (
     DOWN,
@@ -125,19 +125,19 @@ def selected(graph: Graph) -> tuple[str, ...]:
     return tuple(site.name for site in graph.sites("aten.linear") if site.role.startswith(("attn", "mlp")))
 
 
-def all_but_one(self: QuantizeBase, graph: Graph, weight: str, site: Site, figures: Any) -> None:
+def all_but_one(self: QuantizeBase, graph: Graph, weight: str, site: Site, packing: Packing, figures: Any) -> None:
     if site.name != V:
-        honest(self, graph, weight, site, figures)
+        honest(self, graph, weight, site, packing, figures)
 
 
-def transposed(self: QuantizeBase, graph: Graph, weight: str, site: Site, figures: Any) -> None:
-    w = graph.tensor(weight)
+def transposed(self: QuantizeBase, graph: Graph, weight: str, site: Site, packing: Packing, figures: Any) -> None:
+    w = packing.w
     store_packed(graph, weight, FOUR_BIT, FOUR_BIT.pack(w.t().contiguous() if w.shape[0] == w.shape[1] else w))
 
 
-honest, PACK = QuantizeBase._pack, "passes.quantize_base.QuantizeBase._pack"
-replaced("site silently skipped but reported", NF4, V, PACK, all_but_one)
-replaced("weight transposed where it is square", NF4, Q, PACK, transposed)
+honest, STORE = QuantizeBase._store, "passes.quantize_base.QuantizeBase._store"
+replaced("site silently skipped but reported", NF4, V, STORE, all_but_one)
+replaced("weight transposed where it is square", NF4, Q, STORE, transposed)
 replaced("scale taken along the wrong axis", INT8, Q, "graph.formats.int8.Int8.pack",
          lambda self, w: pack(self, w) | {"scale": w.abs().amax(0)[torch.arange(w.shape[0]) % w.shape[1]].float()})  # fmt: skip
 replaced("int8 packed from bf16", INT8, Q, "graph.formats.int8.Int8.pack", lambda self, w: pack(self, w.bfloat16()))
