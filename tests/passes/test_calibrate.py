@@ -18,6 +18,8 @@ from passes.calibrate import Calibrate
 from passes.merge_lora import MergeLora
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
+from recipes.load import load
+from runtimes.settings import PythonStdlib, TextFiles
 from tests.passes.test_merge_lora import train
 
 
@@ -130,7 +132,7 @@ def test_a_merge_into_lut_weights_uses_them() -> None:
         graph = capture(model())
         apply(QuantizeBase(scheme="lut", lut=LutOptions(bits=2, rank=8, group=8)), graph, check=False)
         apply(AddLora(rank=4, select=Selector(role="mlp.*")), graph)
-        train(graph, 0.05)
+        train(graph, 0.005)
         for step in steps:
             apply(step, graph)
         apply(MergeLora(into="requantized"), graph)
@@ -157,6 +159,35 @@ def test_without_text_it_says_so() -> None:
     assert str(caught.value) == (
         "calibrate has no text to read\n  fix    run it from a recipe, or give it text with reading()"
     )
+
+
+def recipe(folder: Path, options: str) -> Any:
+    (folder / "recipe.yaml").write_text(f"model: seedling\npasses:\n  - calibrate: {options}\n")
+    return load(str(folder / "recipe.yaml"))
+
+
+def test_a_recipe_names_the_text_as_it_names_that_of_a_training(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    made = recipe(tmp_path, "{data: python-stdlib, tokens: 100}")
+    assert made.passes[0].step == Calibrate(data=PythonStdlib(), tokens=100)
+    assert made.resolved()["passes"][0]["calibrate"]["data"] == {"source": "python-stdlib"}
+    made = recipe(tmp_path, "{data: {text: '*.txt'}}")
+    assert made.passes[0].step == Calibrate(data=TextFiles(text=str(tmp_path / "*.txt")))
+    assert made.resolved()["passes"][0]["calibrate"]["data"] == {"text": "./*.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("{data: python-stdlb}", "calibrate.data cannot be 'python-stdlb'"),
+        ("{data: {text: nothing/*.md}}", "calibrate.data.text: no file fits 'nothing/*.md'"),
+        ("{tokens: 5}", "calibrate has no 'data', which it needs"),
+    ],
+)
+def test_text_that_cannot_be_read_is_told(tmp_path: Path, options: str, text: str) -> None:
+    with pytest.raises(QcError) as caught:
+        recipe(tmp_path, options)
+    assert str(caught.value).splitlines()[0] == text
 
 
 def test_sizes_that_cannot_be_are_told() -> None:
