@@ -31,6 +31,8 @@ def exact_centres(points: Floats, weights: Floats, n: int, *, first_at_zero: boo
     With ``first_at_zero`` the lowest centre is held at 0; the points may not be negative then.
     """
     shift = 0.0
+    counts = np.diff(np.cumsum(weights), prepend=0.0) > 0  # beside the others the rest weigh nothing, even in fp64
+    points, weights = points[counts], weights[counts]
     if first_at_zero:
         assert points[0] >= 0
         points, weights = np.concatenate(([0.0], points)), np.concatenate(([0.0], weights))

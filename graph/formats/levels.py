@@ -29,6 +29,8 @@ ROUNDS = 64
 NORMAL, LARGEST = 0x0400, 0x7BFF
 """The patterns of the smallest normal fp16 number, 2^-14, and of the largest, 65504."""
 
+REACH = float(torch.finfo(torch.float16).max)
+
 
 def uniform_levels(n: int, largest: float = 1.0) -> Tensor:
     """``n`` evenly spaced levels from ``-largest`` to ``largest``, computed in fp16.
@@ -57,6 +59,7 @@ def fit_levels(
     assert points.size, "no value has a weight"
     if not np.isfinite(points[[0, -1]]).all():
         raise QcError("the values to fit levels to are not all finite", fix="look for inf and nan in the weights")
+    points = points.clip(-REACH, REACH)  # further out there is no level, and one as far as that would be wasted
     centres = exact_centres(points, weights, (n + 1) // 2 if symmetric else n, first_at_zero=symmetric and n % 2 == 1)
     return fp16_levels(centres, n, symmetric=symmetric, zero_free=zero_free).to(values.device)
 

@@ -72,6 +72,16 @@ def test_the_centres_with_one_at_zero_are_the_best_such() -> None:
             assert off == pytest.approx(least_square(*heavy, n), abs=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_values_of_scales_near_zero_weigh_nothing_and_disturb_nothing(symmetric: bool) -> None:
+    w = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    scales = torch.ones(4096)
+    scales[::3] = 1e-12
+    found = fit_levels(w / scales, 4, scales.square(), symmetric=symmetric)
+    beside = fit_levels(w[scales == 1], 4, symmetric=symmetric)
+    assert torch.allclose(found / found.abs().max(), beside / beside.abs().max(), atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [2, 4, 7, 16])
 def test_levels_of_16_bit_numbers_are_the_optimum_in_whatever_dtype_they_come(dtype: torch.dtype, n: int) -> None:
