@@ -26,6 +26,7 @@ from runtimes.ane.ranges import beyond, peaks
 from runtimes.ane.ranges import calibration as calibration_rows
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of
+from runtimes.lint.planned import obstacles
 
 META = "meta.json"
 ROPE = "rope.safetensors"
@@ -93,7 +94,8 @@ def check(
     dense_prefill: bool = False,
 ) -> list[QcError]:
     """All that stands in the way of an export with these options, from shapes alone."""
-    return plan(graph, _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill))[1]
+    found, errors = plan(graph, _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill))
+    return errors if found is None else obstacles(found)
 
 
 def _settings(
@@ -116,7 +118,7 @@ def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: l
     if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
     found, more = plan(graph, settings)
-    raise_all([*more, *errors])
+    raise_all([*more, *(obstacles(found) if found is not None else ()), *errors])
     assert found is not None
     return found
 
