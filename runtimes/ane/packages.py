@@ -188,8 +188,8 @@ def meta_of(plan: Plan, host: Host, files: Sequence[str]) -> dict[str, Any]:
         "masks": [{"input": name, "window": _window(mask)} for mask, name in plan.masks.items()],
     }
     encoder = {"masks": [{"input": "mask", "window": None}]}
-    sizes = {name: int(table.shape[1]) for name, table in host.tables.items()}
-    rope = [{"cos": name, "sin": name.replace("cos", "sin"), "size": sizes[name]} for name in sizes if "cos" in name]
+    kinds = sorted({name[3:] for name in plan.ropes.values()})
+    rope = [{"cos": f"cos{k}", "sin": f"sin{k}", "size": int(host.tables[f"cos{k}"].shape[1])} for k in kinds]
     return {
         "format": "qc-ane",
         "version": 1,
@@ -235,9 +235,12 @@ def _window(mask: fx.Node) -> int | None:
 
 def merged(plan: Plan, host: Host) -> Plan:
     """The plan with one input for rotations whose tables are equal, and inputs for masks that hide padding only."""
-    names: dict[str, str] = {}
-    for name, table in host.tables.items():
-        same = next((n for n, other in host.tables.items() if n[:3] == name[:3] and torch.equal(other, table)), name)
-        names[name] = same
+    kinds = sorted({name[3:] for name in host.tables})
+    same: dict[str, str] = {}
+    for kind in kinds:
+        equal = (
+            k for k in kinds if all(torch.equal(host.tables[t + k], host.tables[t + kind]) for t in ("cos", "sin"))
+        )
+        same[kind] = next(equal)
     masks = {mask: name for mask, name in plan.masks.items() if mask in host.hiding}
-    return replace(plan, ropes={node: names[name] for node, name in plan.ropes.items()}, masks=masks)
+    return replace(plan, ropes={node: name[:3] + same[name[3:]] for node, name in plan.ropes.items()}, masks=masks)

@@ -71,11 +71,11 @@ class Plan:
 
 def plan(graph: Graph, settings: Settings) -> tuple[Plan | None, list[QcError]]:
     """Take a graph apart; or all that stands in the way."""
-    errors = [*_of_settings(graph, settings), *_of_kind(graph)]
-    if errors:
-        return None, errors
+    unfit = _of_kind(graph)
+    if unfit:
+        return None, unfit
     nodes = computed_nodes(graph)
-    errors = _missing(graph, nodes)
+    errors = [*_of_settings(graph, settings), *_missing(graph, nodes)]
     weights, more = _weights(graph, nodes)
     errors += more
     if graph.kind == "causal-lm":

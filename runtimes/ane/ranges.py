@@ -45,18 +45,22 @@ class Peak:
 
 
 def calibration(graph: Graph, tokenizer: Path | None, tokens: int) -> list[Tensor]:
-    """Rows of about so many tokens together: the Python library's own text, or random ones without a tokenizer."""
+    """Rows of about so many tokens together: the Python library's own text.
+
+    Without a tokenizer, or with one that makes too few tokens of a text to fill a row, they are random.
+    """
     length = min(AT_ONCE, tokens, int(graph.config.get("max_position_embeddings") or AT_ONCE))
     rows = -(-tokens // length) if length else 0
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randint(0, vocabulary(graph), (1, length), generator=generator) for _ in range(rows)]
     if tokenizer is None or not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:-1]):
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(0, vocabulary(graph), (1, length), generator=generator) for _ in range(rows)]
+        return random
     read, found = load_tokenizer(tokenizer, str(tokenizer)), list[Tensor]()
     for text in (read_text(file) for file in stdlib_files("heldout")):
         ids = read(text[: 16 * length])["input_ids"][:length]
         if len(found) < rows and len(ids) == length:
             found.append(torch.tensor([ids]))
-    return found
+    return found or random
 
 
 def peaks(graph: Graph, rows: Sequence[Tensor], sites: Collection[str]) -> list[Peak]:

@@ -26,6 +26,7 @@ from runtimes.ane.ranges import beyond, peaks
 from runtimes.ane.ranges import calibration as calibration_rows
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of
+from runtimes.lint.planned import obstacles
 
 META = "meta.json"
 ROPE = "rope.safetensors"
@@ -41,25 +42,17 @@ def export(
     tokenizer: Path | None = None,
     force: bool = False,
     about: Mapping[str, Any] | None = None,
-    chip: str = DEFAULT,
-    context: int = 512,
-    prefill: int = 64,
-    kv: Mode = "state_slice",
-    chunks: int | None = None,
-    lengths: tuple[int, ...] = (128,),
-    dense_prefill: bool = False,
     calibration: int = 256,
+    **options: Any,
 ) -> ExportReport:
-    """Write ``graph`` to the folder ``out`` as packages for ``chip``.
+    """Write ``graph`` to the folder ``out`` as packages; ``options`` are those of ``settings_of``.
 
-    A decoder has a cache of ``context`` tokens, kept as ``kv`` says, a function for one token and one for ``prefill``
-    (0: none); its blocks are in ``chunks`` packages, or as few as the chip takes. An encoder has a function for each of
-    ``lengths``. ``max_shard`` is the most bytes of a file, if the chip takes no less. First the graph
-    runs on ``calibration`` tokens of text, and what does not fit fp16 numbers there is an error. Everything missing is
-    named in one go, before any work.
+    ``max_shard`` is the most bytes of a file, if the chip takes no less. First the graph runs on ``calibration`` tokens
+    of text, and what does not fit fp16 numbers there is an error. Everything missing is named in one go, before any
+    work.
     """
     coremltools()
-    settings = _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill)
+    settings = settings_of(**options)
     settings = replace(settings, profile=settings.profile.holding(max_shard))
     found = _prepared(graph, out, settings, dtype, in_the_way(out, source, tokenizer, force))
     largest = _fits(found, tokenizer or source, calibration)
@@ -81,8 +74,13 @@ def export(
     return ExportReport(out, "ane", dtype, sizes_of(out), _figures(found) | largest)
 
 
-def check(
-    graph: Graph,
+def check(graph: Graph, **options: Any) -> list[QcError]:
+    """All that stands in the way of an export with these options, from shapes alone."""
+    found, errors = plan(graph, settings_of(**options))
+    return errors if found is None else obstacles(found)
+
+
+def settings_of(
     *,
     chip: str = DEFAULT,
     context: int = 512,
@@ -91,22 +89,14 @@ def check(
     chunks: int | None = None,
     lengths: tuple[int, ...] = (128,),
     dense_prefill: bool = False,
-) -> list[QcError]:
-    """All that stands in the way of an export with these options, from shapes alone."""
-    return plan(graph, _settings(chip, context, prefill, kv, chunks, lengths, dense_prefill))[1]
-
-
-def _settings(
-    chip: str,
-    context: int,
-    prefill: int,
-    kv: Mode,
-    chunks: int | None,
-    lengths: tuple[int, ...],
-    dense_prefill: bool,
 ) -> Settings:
-    profile = load_profile(chip)
-    return Settings(profile, context, prefill or None, kv, chunks, lengths, dense_prefill)
+    """What is asked of an export for ``chip``.
+
+    A decoder has a cache of ``context`` tokens, kept as ``kv`` says, a function for one token and one for ``prefill``
+    (0: none), which ``dense_prefill`` gives dense weights in the place of low-rank scales; its blocks are in ``chunks``
+    packages, or as few as the chip takes. An encoder has a function for each of ``lengths``.
+    """
+    return Settings(load_profile(chip), context, prefill or None, kv, chunks, lengths, dense_prefill)
 
 
 def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: list[QcError]) -> Plan:
@@ -116,7 +106,7 @@ def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: l
     if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
     found, more = plan(graph, settings)
-    raise_all([*more, *errors])
+    raise_all([*more, *(obstacles(found) if found is not None else ()), *errors])
     assert found is not None
     return found
 

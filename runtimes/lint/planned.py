@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from graph.errors import QcError
 from graph.ops import op_name
-from runtimes.ane.plan import Part, Plan
+from runtimes.ane.parts import Part
+from runtimes.ane.plan import Plan
 from runtimes.ane.weights import Weight
 from runtimes.lint.rules import RULES
 

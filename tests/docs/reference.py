@@ -16,7 +16,7 @@ from recipes import settings
 from runtimes import settings as runtime
 from tests.docs.blocks import ROOT
 
-PAGES = ("docs/recipes.md", "docs/passes.md", "docs/models.md", "docs/artifact.md")
+PAGES = ("docs/recipes.md", "docs/passes.md", "docs/models.md", "docs/artifact.md", "docs/interpreter.md")
 PLACE = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 SECTIONS = {
@@ -63,7 +63,15 @@ def updated(page: str) -> str:
 def table(name: str) -> str:
     """The table called ``name``."""
     kind, _, rest = name.partition(".")
-    return {"keys": _keys, "pass": _pass, "models": _models, "exit": _exit_codes}[kind](rest)
+    return {"keys": _keys, "pass": _pass, "models": _models, "exit": _exit_codes, "lint": _lint}[kind](rest)
+
+
+def _lint(_: str) -> str:
+    """The rules of ``qc lint``."""
+    from runtimes.lint.rules import RULES
+
+    rows = [(rule.id, rule.severity, rule.says, rule.source, rule.advice) for rule in RULES.values()]
+    return _table(("rule", "severity", "what is checked", "source", "what to do"), rows)
 
 
 # -- recipes --------------------------------------------------------------------------------------------------------

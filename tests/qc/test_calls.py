@@ -50,6 +50,22 @@ def test_help_names_every_command_and_every_exit_code(tmp_path: Path) -> None:
         assert code in " ".join(said.split())
 
 
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (
+            ["--context", "64"],
+            "error: --context belongs to the target ane\n  fix    take --context out, or add --target ane\n",
+        ),
+        (["--target", "ane", "--context", "0"], "error: --context is 0\n  fix    give a number from 1\n"),
+        (["--target", "ane", "--prefill", "-1"], "error: --prefill is -1\n  fix    give a number from 0\n"),
+    ],
+)
+def test_options_of_a_target_stand_with_that_target(argv: list[str], text: str, tmp_path: Path) -> None:
+    done = qc("export", *argv, cwd=tmp_path)
+    assert (done.code, done.err) == (1, text)
+
+
 def test_the_shipped_recipes_are_listed(tmp_path: Path) -> None:
     names = {"fp16", "qlora", "quickstart"}
     found = answer(qc("recipes", "list", "--json", cwd=tmp_path))

@@ -2,6 +2,8 @@
 
     python -m tools.bench.ane_export [--check] [--layers 28]
 
+--check goes by the time of the processor: that of the clock is also what else the machine does.
+
 The packed weights are written to a file first, from which the graph reads each in its turn; that is not counted.
 """
 
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"seconds": 180.0, "rss_bytes": 2e9}
+LIMITS = {"cpu_seconds": 180.0, "rss_bytes": 2e9}
 """What --check wants of 28 layers."""
 
 
@@ -68,14 +70,15 @@ def measure(work: Path, layers: int) -> dict[str, float]:
     graph = stored_graph(work, layers)
     coremltools()
     before = _resident()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     report = export(graph, work / "out", context=512, prefill=64, calibration=0)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     written = sum(size for name, size in report.files.items() if name.endswith("weight.bin"))
     expected = float(report.figures["weight_bytes"])
     return {
         "seconds": seconds,
+        "cpu_seconds": busy,
         "rss_bytes": float(peak),
         "rss_before": float(before),
         "weight_bytes": float(written),

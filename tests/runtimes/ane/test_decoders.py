@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
+from graph import capture
 from graph.probe import psnr_db
 from runtimes.ane.profile import load_profile
+from tests.architectures import CAUSAL
 from tests.runtimes.ane.hosted import Decoder
 from tests.runtimes.ane.models import quantized, random, tokens
 
@@ -113,3 +116,12 @@ def test_a_dense_prefill_multiplies_scales_out_where_many_tokens_are_read() -> N
     assert psnr_db(reference, decoder.logits(IDS)) > 60
     assert "constexpr_lut_to_dense" not in decoder.ops[1, "prefill"]
     assert "constexpr_lut_to_dense" in decoder.ops[1, "infer"]
+
+
+def test_two_kinds_of_rotation_are_two_tables_and_equal_ones_are_one() -> None:
+    layers = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(**{**CAUSAL["gemma3_text"][1], "layer_types": layers})
+    graph = capture(transformers.AutoModelForCausalLM.from_config(config).eval())
+    both = Decoder(graph, context=32, prefill=8).meta["rope"]
+    assert [(kind["cos"], kind["sin"]) for kind in both] == [("cos", "sin"), ("cos_2", "sin_2")]
+    assert len(Decoder(random("qwen3"), context=32, prefill=8).meta["rope"]) == 1

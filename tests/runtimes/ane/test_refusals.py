@@ -83,6 +83,12 @@ def test_settings_that_do_not_go_with_the_model_are_errors(settings: dict[str, A
     assert refused(random("qwen3"), **settings) == text
 
 
+def test_settings_and_weights_are_named_together() -> None:
+    errors = refused(quantized(random("qwen3"), "nf4", block=32), context=40, prefill=8).split("\n\n")
+    assert errors[0].startswith("context 40 is no multiple of 32")
+    assert len(errors) == 15
+
+
 def test_an_encoder_is_no_longer_than_its_positions() -> None:
     assert refused(random("bert"), lengths=(16, 128)) == (
         "length 128 is more than the 64 positions of the model\n  fix    set length to at most 64"

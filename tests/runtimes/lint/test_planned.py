@@ -18,10 +18,11 @@ M1, M4 = load_profile("m1-macos15"), load_profile("m4-macos15")
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
+    from graph.formats import LutOptions
     from passes.quantize_base import QuantizeBase
 
     made = decoder_graph()
-    QuantizeBase(scheme="lut", bits=2).run(made)
+    QuantizeBase(scheme="lut", lut=LutOptions(bits=2, scale="channel")).run(made)
     made.verify()
     return made
 
