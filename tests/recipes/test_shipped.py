@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from recipes import shipped
@@ -32,7 +34,7 @@ def test_the_steps_of_the_shipped_recipes_are_set_by_their_names(
     recipe = load(name, {step: option, f"{stage}.train.steps": 7, **preset})
     assert recipe.stages[0].train
     assert recipe.stages[0].train.steps == 7
-    found = [each for each in recipe.resolved()["stages"][0]["passes"] if path[0] in each]
+    found: Any = next(each for each in recipe.resolved()["stages"][0]["passes"] if path[0] in each)
     for key in path:
-        found = found[0][key] if isinstance(found, list) else found[key]
+        found = found[key]
     assert found == option

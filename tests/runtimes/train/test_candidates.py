@@ -80,7 +80,7 @@ def test_terms_and_gradients_are_those_of_the_formulas(trained: str, tail: bool,
         leaves[name].requires_grad_()
     asked = [leaves[name] for name in trained.split()]
     terms = Terms(temperature=2.0, tail=tail, weights=weights)
-    total, sums = candidate_loss(Features(**leaves), targets(9), terms)
+    total, sums = candidate_loss(Features(leaves["x"], leaves["weight"], leaves["bias"]), targets(9), terms)
     wanted, wanted_sums = plain(F.linear(**{"input": leaves["x"], "weight": leaves["weight"], "bias": leaves["bias"]}),
                                 targets(9), terms)  # fmt: skip
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-4)
@@ -143,7 +143,8 @@ def test_negatives_are_candidates_like_the_others() -> None:
 
 def test_hard_top1_is_the_dense_cross_entropy_once_all_tokens_are_candidates_and_less_before() -> None:
     weights = {"kl": 1.0, "hard_top1": 1.0, "hard_full": 1.0}
-    student = Features(*inputs())
+    x, weight, bias = inputs()
+    student = Features(x, weight, bias)
     _, few = candidate_loss(student, targets(9), Terms(temperature=2.0, weights=weights))
     _, every = candidate_loss(student, targets(VOCABULARY), Terms(temperature=2.0, weights=weights))
     torch.testing.assert_close(every["hard_top1"], every["hard_full"])
