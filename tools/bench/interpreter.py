@@ -1,4 +1,4 @@
-"""How fast the interpreter runs an export: seconds to load, milliseconds for a block of a prompt and for a token.
+"""How fast the interpreter runs an export, in time of the processor: to load, for a token of a prompt, for one decoded.
 
 ``python -m tools.bench.interpreter EXPORT``; without an export, the seedling is exported first.
 """
@@ -35,19 +35,19 @@ def _seedling(folder: Path) -> Path:
 
 
 def _row(folder: Path, mode: str) -> str:
-    start = time.perf_counter()
+    start = time.process_time()
     decoder = Decoder(folder, mode)
     steps = [len(part.package.plan(name).steps) for part in decoder.parts for name in part.part.functions]
-    loaded = time.perf_counter() - start
+    loaded = time.process_time() - start
     prompt = list(range(1, 1 + max(1, decoder.meta.prefill)))
     Session(decoder).read(prompt)
-    session, start = Session(decoder), time.perf_counter()
+    session, start = Session(decoder), time.process_time()
     session.read(prompt)
-    read = time.perf_counter() - start
-    start = time.perf_counter()
+    read = time.process_time() - start
+    start = time.process_time()
     for token in range(_TOKENS):
         session.read([token])
-    each = (time.perf_counter() - start) / _TOKENS
+    each = (time.process_time() - start) / _TOKENS
     prompt_ms = 1000 * read / len(prompt)
     return f"{mode:<6}{loaded:>8.2f}{prompt_ms:>18.2f}{1000 * each:>11.1f}{1 / each:>10.1f}{sum(steps):>6}"
 
