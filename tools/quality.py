@@ -121,9 +121,9 @@ def table(rows: dict[str, list[Found]]) -> str:
     """One line per case; means over the seeds, and half the range between them."""
     full = next(iter(rows.values()))[0].full
     lines = [
-        "| | bits per weight | perplexity as compiled | KL | perplexity as trained | KL | over FP16 | top-1 |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| FP16 | 16 | {full:.2f} | 0 | | | | 100 % |",
+        "| | bits per weight | perplexity as compiled | KL | perplexity as trained | KL | over FP16 | top-1 | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| FP16 | 16 | {full:.2f} | 0 | | | | 100 % | |",
     ]
     for name, found in rows.items():
         last = [each.trained for each in found]
@@ -132,7 +132,7 @@ def table(rows: dict[str, list[Found]]) -> str:
             f"| {name} | {found[0].bits:.2f} | {_spread([f.compiled['perplexity'] for f in found], 2)} "
             f"| {_spread([f.compiled['kl'] for f in found], 4)} | {_spread([e['perplexity'] for e in last], 2)} "
             f"| {_spread([e['kl'] for e in last], 4)} | {over} % "
-            f"| {_spread([100 * e['top1'] for e in last], 1)} % |"
+            f"| {_spread([100 * e['top1'] for e in last], 1)} % | {len(found)} |"
         )
     return "\n".join(lines)
 
@@ -153,7 +153,7 @@ def verdicts(rows: dict[str, list[Found]], steps: int) -> str:
     through = rows.get(CASES[4].name)
     if fitted and through:
         goals = [statistics.mean(each.losses[-10:]) for each in fitted]
-        reached = [_reached(c.losses, goal) for c, goal in zip(through, goals, strict=True)]
+        reached = [_reached(c.losses, goal) for c, goal in zip(through, goals, strict=False)]
         starts = ", ".join("never" if at is None else f"after {at} steps" for at in reached)
         said.append(
             f"Workflow B ends at a training loss of {statistics.mean(goals):.4f} after {steps} steps. At 2 bits, after "
