@@ -88,8 +88,8 @@ def _corpus(data: Data, root: Path) -> Corpus:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The bytes of all weight files in a folder."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    """The bytes of all weight files in a folder, those of Core ML packages too."""
+    return sum(p.stat().st_size for kind in ("*.safetensors", "*.mlpackage/**/*.bin") for p in folder.glob(kind))
 
 
 def check_gates(run: Run, stage: Stage, gates: Sequence[Gate], artifact: Path, tell: Tell) -> None:
