@@ -61,7 +61,7 @@ class Step:
         settings = Train(data=PythonStdlib(), steps=1, groups={"scales": Group(lr=1e-4, schedule="constant")})
         self.student = Student(graph, settings, Processes(work, ()))
         if kind == "rank-loop":
-            _by_rank(self.student.graph)
+            _by_rank(self.student.module)
         self.optimizer = optimizer(members(graph, settings), self.student.parameters, graph, "adamw")
         self.loss, self.shape = next_token, (batch, length)
 
@@ -94,17 +94,19 @@ class Step:
         return loss.item()
 
 
-def _by_rank(graph: Any) -> None:
+def _by_rank(module: Any) -> None:
     """Turn every fused linear into the factored form."""
-    from graph.formats.lut_linear import linear_lut_factored
+    from graph.formats.lut_linear import linear_lut, linear_lut_factored
 
-    for site in graph.sites("qc.linear_lut"):
-        x, indices, lut, columns, _ = site.node.args
-        said = site.node.kwargs
-        site.node.target = linear_lut_factored
-        site.node.args = (x, indices, lut, columns, said["scale_a"], said["scale_b"], said["scale_g"])
-        site.node.kwargs = {}
-    graph.module.recompile()
+    fused = [node for node in module.graph.nodes if node.target is linear_lut]
+    assert fused, "no fused linear to turn"
+    for node in fused:
+        x, indices, lut, columns, _ = node.args
+        said = node.kwargs
+        node.target = linear_lut_factored
+        node.args = (x, indices, lut, columns, said["scale_a"], said["scale_b"], said["scale_g"])
+        node.kwargs = {}
+    module.recompile()
 
 
 def main() -> None:
