@@ -20,6 +20,7 @@ from graph.core import Graph
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.formats.lut_linear import linear_fake_lut, linear_lut
+from graph.formats.scaled import Kind, dequantize_scaled
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
 
@@ -59,9 +60,31 @@ def linear_int8(x: Tensor, indices: Tensor, scale: Tensor, dtype: torch.dtype, b
     return linear_dequantized(x, bias, dense, indices, scale)
 
 
+@op
+def linear_scaled(
+    x: Tensor,
+    indices: Tensor,
+    scale: Tensor,
+    kind: Kind,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x`` times a weight of codes and scales, which is unpacked for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``dequantize_scaled``  ->  [..., out]
+    """
+
+    def dense(indices: Tensor, scale: Tensor, divisor: Tensor | None) -> Tensor:
+        return dequantize_scaled(indices, scale, kind, dtype, divisor)
+
+    return linear_dequantized(x, bias, dense, indices, scale, global_scale)
+
+
 FUSED: dict[str, Callable[..., Tensor]] = {
     "qc.dequantize_4bit": linear_4bit,
     "qc.dequantize_int8": linear_int8,
+    "qc.dequantize_scaled": linear_scaled,
     "qc.dequantize_lut": linear_lut,
     "qc.fake_quantize_lut": linear_fake_lut,
 }
