@@ -46,6 +46,9 @@ class Element:
     decode: Callable[[Tensor], Tensor]
     """u8 [rows, columns * bits / 8]  ->  f32 [rows, columns]"""
 
+    nearest: Callable[[Tensor], Tensor]
+    """f32  ->  what decoding its code would give, of the same shape"""
+
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """x: f32 [rows, columns]  ->  u8, a byte each."""
@@ -55,6 +58,11 @@ def encode_e4m3(x: Tensor) -> Tensor:
 def decode_e4m3(codes: Tensor) -> Tensor:
     """codes: u8  ->  f32, of the same shape."""
     return codes.view(torch.float8_e4m3fn).float()
+
+
+def nearest_e4m3(x: Tensor) -> Tensor:
+    """The e4m3 number that ``encode_e4m3`` would write for each value, f32 as ``x``."""
+    return x.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float()
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
@@ -77,6 +85,13 @@ def encode_e2m1(x: Tensor) -> Tensor:
     codes |= bits.bitwise_right_shift_(28).to(torch.uint8) & 8
     pairs = codes.view(torch.int16)
     return (pairs | pairs >> 4).to(torch.uint8)
+
+
+def nearest_e2m1(x: Tensor) -> Tensor:
+    """The level that ``encode_e2m1`` would write for each value, f32 as ``x``."""
+    magnitude = x.abs().clamp_(max=6.0)
+    power = magnitude.clamp(1.0, 4.0).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)
+    return (magnitude / power).mul_(2.0).round_().mul_(power).mul_(0.5).copysign_(x)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
@@ -111,6 +126,12 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
     return joined.to(torch.uint8)
 
 
+def nearest_integers(x: Tensor, bits: int) -> Tensor:
+    """The integer that ``encode_integers`` would write for each value, f32 as ``x``."""
+    half = 1 << bits - 1
+    return x.round_().clamp_(-half, half - 1)
+
+
 def decode_integers(codes: Tensor, bits: int) -> Tensor:
     """codes: u8 [rows, columns * bits / 8]  ->  f32 [rows, columns]."""
     return unpack_bits(codes, bits, codes.shape[1] * 8 // bits).float().sub_(1 << bits - 1)
@@ -118,9 +139,11 @@ def decode_integers(codes: Tensor, bits: int) -> Tensor:
 
 def integers(bits: int) -> Element:
     """Integers of so many bits; a scale is the largest magnitude over half of all steps, as in compressed-tensors."""
-    encode, decode = (partial(function, bits=bits) for function in (encode_integers, decode_integers))
-    return Element(bits, (1 << bits) / 2 - 0.5, 0.5, encode, decode)
+    encode, decode, nearest = (
+        partial(function, bits=bits) for function in (encode_integers, decode_integers, nearest_integers)
+    )
+    return Element(bits, (1 << bits) / 2 - 0.5, 0.5, encode, decode, nearest)
 
 
-E4M3 = Element(8, 448.0, 16.0, encode_e4m3, decode_e4m3)
-E2M1 = Element(4, 6.0, 1.0, encode_e2m1, decode_e2m1)
+E4M3 = Element(8, 448.0, 16.0, encode_e4m3, decode_e4m3, nearest_e4m3)
+E2M1 = Element(4, 6.0, 1.0, encode_e2m1, decode_e2m1, nearest_e2m1)

@@ -9,8 +9,8 @@ The bytes are those of compressed-tensors, given an fp32 weight and what shares 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -40,14 +40,17 @@ FIXED: dict[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 """The columns that share a scale, of the kinds that leave no choice."""
 
 
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class Scaled:
     """Weights of ``kind``: ``indices`` u8 [out, in * bits / 8] and ``scale`` [out / rows, in / columns].
 
-    Scales are f32 or bf16; of NVFP4 e4m3 and of MX e8m0, both held as u8. NVFP4 has ``global_scale`` f32 [1] too.
+    Scales are f32, bf16 or fp16; of NVFP4 e4m3 and of MX e8m0, both held as u8. NVFP4 has ``global_scale``, f32 [1].
     """
 
-    parameters: ClassVar[tuple[str, ...]] = ()
+    parameters: ClassVar[tuple[str, ...]] = ("latent",)
 
     kind: Kind
     rows: int = 1
@@ -62,8 +65,11 @@ class Scaled:
     largest: float | None = None
     """NVFP4: the largest magnitude of all weights that share the global scale; without it, that of the weight."""
 
+    latent: bool = False
+    """Float weights, ``latent`` [out, in], that are packed anew each time they are read: they train."""
+
     def __post_init__(self) -> None:
-        assert self.kind in get_args(Kind) and self.scale_dtype in (torch.float32, torch.bfloat16), str(self)
+        assert self.kind in get_args(Kind) and self.scale_dtype in SCALE_DTYPES, str(self)
         if self.kind in FIXED:
             assert self.rows == 1 and self.columns in (0, FIXED[self.kind]), str(self)
             object.__setattr__(self, "columns", FIXED[self.kind])
@@ -72,6 +78,11 @@ class Scaled:
     def element(self) -> Element:
         """The numbers that it counts in."""
         return ELEMENTS[self.kind]
+
+    @property
+    def packing(self) -> Scaled:
+        """The format that latent weights are packed in."""
+        return replace(self, latent=False)
 
     @property
     def name(self) -> str:
@@ -99,8 +110,10 @@ class Scaled:
     def pack(self, w: Tensor) -> dict[str, Tensor]:
         """w: [out, in], float  ->  the side tensors, as in the class."""
         assert self.problem("the weight", tuple(w.shape)) is None, "see problem()"
+        if self.latent:
+            return {"latent": w}
         found = {"indices": w.new_empty((w.shape[0], w.shape[1] * self.element.bits // 8), dtype=torch.uint8)}
-        found |= self._scales(w)
+        found |= self.scales(w)
         if has_data(w):
             per_row = scales_by_row(read_scales(found["scale"], found.get("global_scale")), w.shape[0])
             for part in small_chunks(*w.shape):
@@ -109,7 +122,7 @@ class Scaled:
                 found["indices"][part] = self.element.encode(x.flatten(1))
         return found
 
-    def _scales(self, w: Tensor) -> dict[str, Tensor]:
+    def scales(self, w: Tensor) -> dict[str, Tensor]:
         """The side tensors but for the codes."""
         largest = magnitudes(w, self.columns or w.shape[1])
         if self.rows != 1:
@@ -126,12 +139,20 @@ class Scaled:
         return {"scale": float_scales(largest, self.element, self.scale_dtype)}
 
     def call(self, packed: Mapping[str, V], dtype: torch.dtype) -> Call:
-        """``qc.dequantize_scaled`` and its arguments."""
+        """``qc.dequantize_scaled``, or ``qc.fake_quantize_scaled`` of latent weights, and its arguments."""
+        if self.latent:
+            return fake_quantize_scaled, (packed["latent"], self.kind, self.rows, self.columns, dtype), self._said()
         rest = {"global_scale": packed["global_scale"]} if "global_scale" in packed else {}
         return dequantize_scaled, (packed["indices"], packed["scale"], self.kind, dtype), rest
 
+    def _said(self) -> dict[str, Any]:
+        return {"scale_dtype": self.scale_dtype} if self.scale_dtype is not torch.float32 else {}
+
     def by_row(self, packed: Mapping[str, Tensor]) -> Rows:
-        """With the scales of each row."""
+        """With the scales of each row; a latent weight is packed as a whole."""
+        if self.latent:
+            packed = self.packing.pack(packed["latent"])
+            return self.packing.by_row(packed)
         indices, rest = packed["indices"], {key: side for key, side in packed.items() if key == "global_scale"}
         per_row = scales_by_row(packed["scale"], indices.shape[0])
         return lambda part: {"indices": indices[part], "scale": per_row(part), **rest}
@@ -165,6 +186,59 @@ def scales_by_row(scale: Tensor, rows: int) -> Callable[[slice], Tensor]:
     share = rows // scale.shape[0]
     numbers = torch.arange(rows, device=scale.device) // share
     return lambda part: scale[numbers[part]]
+
+
+@op
+def fake_quantize_scaled(
+    latent: Tensor,
+    kind: Kind,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype = torch.float32,
+    fused: list[Tensor] | None = None,
+) -> Tensor:
+    """What ``latent`` would unpack to if it were packed now, rounded once to ``dtype``. Its gradient passes through.
+
+    NVFP4 has one global scale for ``latent`` and all of ``fused``, the other weights that a server multiplies with it.
+
+    latent: [out, in]  ->  [out, in]
+    """
+    return _FakeQuantizeScaled.apply(latent, Scaled(kind, rows, columns, scale_dtype), dtype, fused)
+
+
+class _FakeQuantizeScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, form: Scaled, dtype: torch.dtype, fused: list[Tensor] | None) -> Tensor:
+        return nearest(form, latent, dtype, fused)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None
+
+
+def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: list[Tensor] | None = None) -> Tensor:
+    """``unpack(form, form.pack(w), dtype)``, without the codes.
+
+    w: [out, in]  ->  [out, in]
+    """
+    dense = torch.empty_like(w, dtype=dtype)
+    if not has_data(w):
+        return dense
+    if fused and form.kind == "nvfp4":
+        form = replace(form, largest=largest_of([w, *fused]))
+    sides = form.scales(w.detach())
+    per_row = scales_by_row(read_scales(sides["scale"], sides.get("global_scale")), w.shape[0])
+    for part in small_chunks(*w.shape):
+        scale = per_row(part)[..., None]
+        x = w[part].detach().float().unflatten(1, (scale.shape[1], -1)) / scale
+        dense[part] = form.element.nearest(x).mul_(scale).flatten(1)
+    return dense
+
+
+def largest_of(weights: list[Tensor]) -> float:
+    """The largest magnitude in all of these weights."""
+    return max(float(magnitudes(w.detach(), w.shape[1]).amax()) for w in weights)
 
 
 @op

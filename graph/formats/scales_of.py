@@ -1,6 +1,6 @@
 """The scales of scaled formats: found from the largest magnitudes under them, stored, and read.
 
-float  the scale itself, f32 or bf16
+float  the scale itself, f32, bf16 or fp16
 e4m3   NVFP4: scale times the global scale, as e4m3; the global scale is a divisor, 448 * 6 / the largest magnitude
 e8m0   MX: a power of two, ``2^(byte - 127)`` (OCP Microscaling Formats 1.0)
 
