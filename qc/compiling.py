@@ -221,7 +221,8 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
             except QcError as error:
                 errors.append(error)
                 graph = before
-        errors += [error for wanted in stage.export for error in obstacles(wanted.target, graph, wanted.options())]
+        for wanted in stage.export:
+            errors += obstacles(wanted.target, graph, wanted.numbers, wanted.options())
     return graph, errors
 
 
