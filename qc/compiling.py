@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graph.errors import QcError, QcErrors
-from qc.runs import Run, code_digest, identity, link_tree, write_text
+from qc.runs import Run, code_digest, identity, link_tree, texts, write_text
 from recipes.schema import PassStep, Recipe, Stage
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -68,9 +68,8 @@ def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
         if parent is None
         else hashlib.sha256((parent / "manifest.json").read_bytes()).hexdigest()
     )
-    return hashlib.sha256(json.dumps([passes, recipe.dtype, recipe.seed, source, code_digest()]).encode()).hexdigest()[
-        :24
-    ]
+    content = [passes, recipe.dtype, recipe.seed, source, code_digest(), *texts(recipe, [stage])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _compile(
@@ -95,18 +94,18 @@ def _compile(
     else:
         artifact = load(parent)
         graph, tokenizer, parent_digest = artifact.graph, artifact.tokenizer or parent, artifact.digest
-    texts = {
+    written = {
         "recipe.yaml": recipe.file.read_text(),
         "recipe.lock.yaml": lock_text(recipe),
         "passes/00-start.txt": f"{graph}\n",
     }
     read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, str(recipe.model)))
-    reports = _rewrite(graph, recipe, stage, read, check, tell, texts)
+    reports = _rewrite(graph, recipe, stage, read, check, tell, written)
     about = {
         "kind": "compiled", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name, "reports": reports,
         "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": identity(str(recipe.model)),
     }  # fmt: skip
-    save(folder, graph, texts=texts, tokenizer=tokenizer, parent=parent_digest, about=about)
+    save(folder, graph, texts=written, tokenizer=tokenizer, parent=parent_digest, about=about)
 
 
 def _rewrite(
@@ -222,7 +221,8 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
             except QcError as error:
                 errors.append(error)
                 graph = before
-        errors += [error for wanted in stage.export for error in obstacles(wanted.target, graph, wanted.options())]
+        for wanted in stage.export:
+            errors += obstacles(wanted.target, graph, wanted.numbers, wanted.options())
     return graph, errors
 
 

@@ -23,12 +23,25 @@ from graph.formats.four_bit import FourBit, dequantize_4bit
 from graph.formats.int8 import Int8, dequantize_int8
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_format import Lut
+from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled, format_of_scaled
 from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
-DEQUANTIZE = tuple(map(op_name, (dequantize_4bit, dequantize_int8, dequantize_lut, fake_quantize_lut)))
-"""The ops that unpack, and the one that computes what packing and unpacking would give."""
+DEQUANTIZE = tuple(
+    map(
+        op_name,
+        (
+            dequantize_4bit,
+            dequantize_int8,
+            dequantize_lut,
+            fake_quantize_lut,
+            dequantize_scaled,
+            fake_quantize_scaled,
+        ),
+    )
+)
+"""The ops that unpack, and those that compute what packing and unpacking would give."""
 
 HOLDERS = (".indices", ".latent")
 """What the tensor is called in which most of a weight lies: its integers, or its floats."""
@@ -65,6 +78,13 @@ def format_of(site: Site) -> Format:
     """The format that ``site`` unpacks."""
     if site.op == "qc.dequantize_int8":
         return Int8()
+    if site.op == "qc.dequantize_scaled":
+        given = arguments(site)
+        return format_of_scaled(given["kind"], given["indices"].meta["val"], given["scale"].meta["val"])
+    if site.op == "qc.fake_quantize_scaled":
+        given = arguments(site)
+        scale_dtype = given.get("scale_dtype", torch.float32)
+        return Scaled(given["kind"], given["rows"], given["columns"], scale_dtype, latent=True)
     if site.op in ("qc.dequantize_lut", "qc.fake_quantize_lut"):
         given = arguments(site)
         form = Lut.of({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in given.items()}, site.value)
