@@ -6,7 +6,8 @@
 
 For GPU servers, a weight is codes times scales (fp8, nvfp4, mxfp8, mxfp4, int4):
 
-    after     W/dequantize = qc.dequantize_scaled(W.indices, W.scale, nvfp4, model, global_scale=W.global_scale)
+    packed    W/dequantize = qc.dequantize_scaled(W.indices, W.scale, nvfp4, model, global_scale=W.global_scale)
+    latent    W/fake_quantize = qc.fake_quantize_scaled(W.latent, nvfp4, 1, 16, model, fused=[V.latent])
 
 With the scheme lut, a weight is a few levels times scales, and levels and scales are parameters:
 
@@ -18,7 +19,7 @@ Levels that train follow from ``theta``, whatever it becomes in order, symmetric
     levels    W/levels = qc.monotone_levels(W.theta, 1.0)
               W/dequantize = qc.dequantize_lut(W.indices, W/levels, 1024, model, scale_a=…, scale_b=…, scale_g=…)
 
-The integers are all that is left of a weight, and they do not train: a weight that was trainable is frozen. Embeddings
+Integers do not train, and where they are all that is left of a weight it is frozen; latent weights train. Embeddings
 and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
 so selecting one reader packs the weight of both.
 """
@@ -41,6 +42,8 @@ from graph.formats import (
     Scaled,
     Tally,
     fidelity,
+    fused_weights,
+    link_fused,
     make_format,
     packed_sites,
     release_freed,
@@ -104,6 +107,10 @@ class QuantizeBase(Pass):
     double_quant: bool = False
     """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. For nf4 and fp4."""
 
+    form: Literal["packed", "latent"] = "packed"
+    """Packed weights that stay as they are, or float weights that are packed anew at every step and train, as the
+    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4 and int4; lut has lut.form."""
+
     lut: LutOptions | None = None
     """Levels, scales and training of the scheme lut."""
 
@@ -127,14 +134,15 @@ class QuantizeBase(Pass):
         return self.lut or LutOptions()
 
     @property
-    def form(self) -> Format:
+    def format(self) -> Format:
         """The format of all weights, for the schemes that have but one."""
         assert self.scheme != "lut", "see form_for()"
-        return make_format(self.scheme, block=self.block, double_quant=self.double_quant, share=self.share)
+        options = {"block": self.block, "double_quant": self.double_quant, "share": self.share}
+        return make_format(self.scheme, **options, latent=self.form == "latent")  # type: ignore[arg-type]
 
     def form_for(self, role: str, shape: tuple[int, ...]) -> Format:
         """The format of a weight of this role and shape [out, in]."""
-        return self.tables.form_for(role, shape) if self.scheme == "lut" else self.form
+        return self.tables.form_for(role, shape) if self.scheme == "lut" else self.format
 
     def check(self, graph: Graph) -> Sequence[QcError]:
         """Every selected weight that the format cannot hold, and every selected site without a stored weight."""
@@ -168,6 +176,9 @@ class QuantizeBase(Pass):
             yield QcError(f"{self.scheme} {scales} and no {unused}", fix=f"take {unused} out, or use nf4")
         if self.share != "row" and self.scheme != "fp8":
             yield QcError(f"share is given, and scheme is {self.scheme}", fix="set scheme to fp8, or take share out")
+        if self.form == "latent" and self.scheme in ("nf4", "fp4", "int8", "lut"):
+            fix = "set lut.form to latent" if self.scheme == "lut" else "use int4, fp8, nvfp4, mxfp8 or mxfp4"
+            yield QcError(f"form is latent, and {self.scheme} weights do not train through it", fix=fix)
         if self.lut is not None and self.scheme != "lut":
             yield QcError(f"lut is given, and scheme is {self.scheme}", fix="set scheme to lut, or take lut out")
         if self.scheme == "lut":
@@ -187,6 +198,7 @@ class QuantizeBase(Pass):
             if weight is not None and weight not in chosen:
                 chosen[weight] = site
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
+        fused = fused_weights(chosen)
         shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
         read = (
             Read(n, site, graph.tensor(n).detach(), take_moments(graph, n), shared.get(n)) for n, site in chosen.items()
@@ -198,6 +210,8 @@ class QuantizeBase(Pass):
             del packing
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
+        if self.scheme == "nvfp4" and self.form == "latent":
+            link_fused(graph, fused)
         return Report(tuple(changed), figures.summary())
 
     def _packing(self, read: Read) -> tuple[str, Site, Packing]:
@@ -218,6 +232,8 @@ class QuantizeBase(Pass):
         w, form, packed, found = packing
         figures.add(weight, w, packed, found)
         stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
+        if isinstance(form, Scaled) and form.latent:
+            graph.set_info(f"{weight}.latent", trainable=True, group="weights")
         if isinstance(form, Lut):
             figures.add_scales(form.once_baked(packed), w.numel(), form.scales_below(packed))
             if form.theta:

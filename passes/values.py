@@ -13,7 +13,7 @@ from graph import Graph, Site
 from graph.formats.ahead import worked_ahead
 from graph.formats.fidelity import ROUNDING
 from graph.formats.format import chunks
-from graph.formats.stored import DEQUANTIZE, format_of, packed_tensors
+from graph.formats.stored import DEQUANTIZE, held
 from graph.ops import op_name
 from graph.probe import evaluate_constant, failing_site, probe_inputs, psnr_db, run, snr_db, values_by_site
 from graph.sites import is_constant, node_name
@@ -99,8 +99,8 @@ def _unfaithful(site: Site, old: fx.Node, new: fx.Node, was: Tensor, now: Tensor
     packed = _packed(site.graph, new)
     if old.op != "get_attr" or packed is None or was.shape != now.shape:
         return
-    form, largest = format_of(packed), max(abs(float(x)) for x in was.aminmax())
-    cut = form.by_row(packed_tensors(site.graph, packed))
+    form, sides = held(site.graph, packed)
+    cut, largest = form.by_row(sides), max(abs(float(x)) for x in was.aminmax())
     rounding = max(torch.finfo(dtype).eps for dtype in (packed.value.dtype, new.meta["val"].dtype, torch.float32))
     for part in chunks(was):
         rows, got = was[part].float(), now[part].float()

@@ -10,6 +10,7 @@ Values and gradients are bit-identical. Artifacts hold the form before; the trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, fx
 from torch.nn.functional import linear
 
 from graph.core import Graph
+from graph.formats.format import has_data
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.formats.lut_linear import linear_fake_lut, linear_lut
-from graph.formats.scaled import Kind, Scaled, dequantize_scaled, nearest
+from graph.formats.scaled import Kind, Scaled, dequantize_scaled, largest_of, nearest
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
 
@@ -90,14 +92,17 @@ def linear_fake_scaled(
     columns: int,
     dtype: torch.dtype,
     scale_dtype: torch.dtype = torch.float32,
-    fused: list[Tensor] | None = None,
+    fused: list[Tensor | float] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """``x`` times a latent weight as it would be packed, which is found for the product and again for its backward.
 
     x: [..., in]    bias: [out]    the rest: as in ``fake_quantize_scaled``  ->  [..., out]
     """
-    return _LinearFakeScaled.apply(x, latent, bias, Scaled(kind, rows, columns, scale_dtype), dtype, fused)
+    form = Scaled(kind, rows, columns, scale_dtype)
+    if fused and kind == "nvfp4" and has_data(latent):
+        form = replace(form, largest=largest_of([latent, *fused]))
+    return _LinearFakeScaled.apply(x, latent, bias, form, dtype)
 
 
 class _LinearFakeScaled(torch.autograd.Function):
@@ -111,24 +116,23 @@ class _LinearFakeScaled(torch.autograd.Function):
         bias: Tensor | None,
         form: Scaled,
         dtype: torch.dtype,
-        fused: list[Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, latent, *(fused or ()))
+        ctx.save_for_backward(x, latent)
         ctx.form, ctx.dtype, ctx.bias_dtype = form, dtype, None if bias is None else bias.dtype
-        return linear(x, nearest(form, latent, dtype, fused).to(x.dtype), bias)
+        return linear(x, nearest(form, latent, dtype).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, latent, *fused = ctx.saved_tensors
+        x, latent = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         d_x = d_latent = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad @ nearest(ctx.form, latent, ctx.dtype, fused).to(grad.dtype)).to(x.dtype)
+            d_x = (grad @ nearest(ctx.form, latent, ctx.dtype).to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             d_latent = (flat.t() @ x.flatten(0, -2).to(grad.dtype)).to(latent.dtype)
         if ctx.needs_input_grad[2]:
             d_bias = flat.sum(0).to(ctx.bias_dtype)
-        return d_x, d_latent, d_bias, None, None, None
+        return d_x, d_latent, d_bias, None, None
 
 
 FUSED: dict[str, Callable[..., Tensor]] = {

@@ -8,7 +8,7 @@ The bytes are those of compressed-tensors, given an fp32 weight and what shares 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -35,6 +35,8 @@ ELEMENTS: dict[str, Element] = {"fp8": E4M3, "mxfp8": E4M3, "nvfp4": E2M1, "mxfp
     f"int{bits}": integers(bits) for bits in (2, 3, 4, 6, 8)
 }
 """The numbers of each kind."""
+
+Fused: TypeAlias = Sequence[Tensor | float] | None
 
 FIXED: dict[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 """The columns that share a scale, of the kinds that leave no choice."""
@@ -140,7 +142,7 @@ class Scaled:
 
     def call(self, packed: Mapping[str, V], dtype: torch.dtype) -> Call:
         """``qc.dequantize_scaled``, or ``qc.fake_quantize_scaled`` of latent weights, and its arguments."""
-        if self.latent:
+        if "latent" in packed:
             return fake_quantize_scaled, (packed["latent"], self.kind, self.rows, self.columns, dtype), self._said()
         rest = {"global_scale": packed["global_scale"]} if "global_scale" in packed else {}
         return dequantize_scaled, (packed["indices"], packed["scale"], self.kind, dtype), rest
@@ -196,11 +198,12 @@ def fake_quantize_scaled(
     columns: int,
     dtype: torch.dtype,
     scale_dtype: torch.dtype = torch.float32,
-    fused: list[Tensor] | None = None,
+    fused: list[Tensor | float] | None = None,
 ) -> Tensor:
     """What ``latent`` would unpack to if it were packed now, rounded once to ``dtype``. Its gradient passes through.
 
-    NVFP4 has one global scale for ``latent`` and all of ``fused``, the other weights that a server multiplies with it.
+    NVFP4 has one global scale for ``latent`` and all of ``fused``, the other weights that a server multiplies with it,
+    or their largest magnitudes.
 
     latent: [out, in]  ->  [out, in]
     """
@@ -209,15 +212,16 @@ def fake_quantize_scaled(
 
 class _FakeQuantizeScaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, form: Scaled, dtype: torch.dtype, fused: list[Tensor] | None) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, form: Scaled, dtype: torch.dtype, fused: Fused) -> Tensor:
+        ctx.dtype = latent.dtype
         return nearest(form, latent, dtype, fused)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
-def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: list[Tensor] | None = None) -> Tensor:
+def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: Fused = None) -> Tensor:
     """``unpack(form, form.pack(w), dtype)``, without the codes.
 
     w: [out, in]  ->  [out, in]
@@ -236,9 +240,10 @@ def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: list[Tensor] | N
     return dense
 
 
-def largest_of(weights: list[Tensor]) -> float:
-    """The largest magnitude in all of these weights."""
-    return max(float(magnitudes(w.detach(), w.shape[1]).amax()) for w in weights)
+def largest_of(weights: Sequence[Tensor | float]) -> float:
+    """The largest magnitude in all of these weights, or of those given in their place; 0 without values."""
+    known = (float(magnitudes(w.detach(), w.shape[1]).amax()) for w in weights if isinstance(w, Tensor) and has_data(w))
+    return max([*known, *(w for w in weights if isinstance(w, float))], default=0.0)
 
 
 @op

@@ -186,6 +186,11 @@ def _sharing(form: Scaled, shape: Sequence[int]) -> tuple[int, int]:
 
 def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
     """Packed weights of another format: written as this one they would lose twice."""
+    latent = [site for site in held if site.op.startswith("qc.fake_quantize")]
+    if latent:
+        what = f"{weight_name(latent[0])} is a float weight that is packed anew each time it is read"
+        yield QcError(what, site=latent[0].name, fix="add the pass freeze-q before the export")
+        return
     wrong = [(site, format_of(site)) for site in held if not fits(settings, format_of(site), site.value.shape)]
     if not wrong:
         return
