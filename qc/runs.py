@@ -79,7 +79,9 @@ class Run:
 
 def open_run(recipe: Recipe, overrides: Mapping[str, object] | Sequence[str], root: Path = DEFAULT) -> Run:
     """The run folder of a recipe, made if it is new, and from now on the latest."""
-    key = hashlib.sha256(json.dumps([recipe.digest(), identity(str(recipe.model)), code_digest()]).encode()).hexdigest()
+    from qc.models import source_of
+
+    key = hashlib.sha256(json.dumps([recipe.digest(), source_of(recipe), code_digest()]).encode()).hexdigest()
     run = Run(root / recipe.name / key[:12])
     about = {
         "recipe": str(recipe.file), "digest": recipe.digest(), "key": key,
