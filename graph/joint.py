@@ -23,6 +23,7 @@ from graph.gca import MASK, MEMORY, VALUE, has_memory
 from graph.ops import find_op
 from graph.shapes import dims_of
 from graph.sites import node_name, set_tag
+from graph.weights import Stored
 
 IDS, ATTENTION = "memory_ids", "memory_attention"
 """The inputs of a joint graph that the encoder reads."""
@@ -47,6 +48,15 @@ def is_joint(graph: Graph) -> bool:
 def names_of(graph: Graph) -> Names:
     """The names that the parts of a joint graph have."""
     return Names(**graph.config["joint"]["names"])
+
+
+def home_of(graph: Graph, tensor: str) -> tuple[str, str]:
+    """The model that a tensor belongs to, and its name there; of a graph that is not joint, no name and its own."""
+    if is_joint(graph):
+        for name in vars(names_of(graph)).values():
+            if tensor.startswith(f"{name}."):
+                return name, tensor.removeprefix(f"{name}.")
+    return "", tensor
 
 
 def obstacles(encoder: Graph, decoder: Graph) -> list[QcError]:
@@ -140,7 +150,7 @@ class _Joiner:
     def _made(self) -> Graph:
         tensors: dict[str, Tensor] = {}
         infos: dict[str, TensorInfo] = {}
-        stored = {}
+        stored: dict[str, Stored] = {}
         parts = ((self.encoder, self.names.encoder, 0), (self.decoder, self.names.decoder, self.encoder.blocks))
         for stack, (source, name, first) in enumerate(parts):
             for tensor, info in source.tensors().items():

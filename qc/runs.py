@@ -79,7 +79,9 @@ class Run:
 
 def open_run(recipe: Recipe, overrides: Mapping[str, object] | Sequence[str], root: Path = DEFAULT) -> Run:
     """The run folder of a recipe, made if it is new, and from now on the latest."""
-    content = [recipe.digest(), identity(str(recipe.model)), code_digest(), *texts(recipe, recipe.plan())]
+    from qc.models import source_of
+
+    content = [recipe.digest(), source_of(recipe), code_digest(), *texts(recipe, recipe.plan())]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     run = Run(root / recipe.name / key[:12])
     about = {
