@@ -29,7 +29,7 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
     if recipe.cache is not None:
         make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
-        if artifact is None and stage.evaluate is not None:
+        if artifact is None and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
         artifact = compile_stage(run, recipe, stage, artifact, tell=tell)
         if stage.evaluate is not None:
