@@ -30,7 +30,7 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
     if recipe.cache is not None:
         make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
-        if artifact is None and stage.evaluate is not None:
+        if artifact is None and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
         parent = artifact if stage.start is None else done[stage.start]
         artifact = compile_stage(run, recipe, stage, parent, tell=tell)

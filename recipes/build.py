@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from recipes import checks
 from recipes.document import Node
 from recipes.mistakes import Mistakes, nearest
+from recipes.questions import check_questions
 from recipes.schema import Header, PassStep, Recipe, Stage, Work
 from recipes.section import read
 from recipes.selectors import check_selector
@@ -112,6 +113,7 @@ class _Reader:
         self.check_groups(node)
         self.joined = checks.check_models(node, self.root.map.get("models"), self.joined, self.mistakes)
         checks.check_evaluate(node, self.root.map.get("cache"), self.mistakes)
+        check_questions(node, self.mistakes)
         gates = self.many(Gate, node, "require", "gate")
         for gate, at in gates:
             checks.check_gate(gate, at, self.mistakes)
