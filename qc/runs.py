@@ -5,6 +5,7 @@ train/               checkpoints, metrics and plot of the training
 trained/             the artifact after the training
 export-<target>/     what was exported
 measured.json        every figure measured, by step
+gates.json           every gate: what it asked, whether it held, how its series began and ended
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from graph.errors import QcError
 from passes import registry
 from recipes.document import Node
-from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
+from recipes.metrics import EVALUATED, EXPORTED, GROUPS, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import EXPORT_OPTIONS, Gate
+from recipes.words import said
 from runtimes.export import default_dtype, homes_of, options_of
 from runtimes.export import targets as export_targets
 from runtimes.settings import Evaluate, Group, KdCache, Train
@@ -190,6 +191,8 @@ def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None
             fix = f"add {asked} to evaluate.metrics"
     elif metric in TRAINED and not _has(work, "train"):
         fix = "add train:"
+    elif metric in GROUPS and GROUPS[metric] not in _groups(work):
+        fix = f"add the group {GROUPS[metric]} to train.groups"
     elif metric in REPORTED and not any(REPORTED[metric] in step.map for step in _list(work, "passes")):
         fix = f"add the pass {REPORTED[metric]}"
     elif metric in EXPORTED and not _list(work, "export"):
@@ -231,8 +234,26 @@ def check_same_names(nodes: Sequence[Node], what: str, mistakes: Mistakes) -> No
         seen.setdefault(name.value, name)
 
 
+def check_starts(stages: Sequence[Node], mistakes: Mistakes) -> None:
+    """A stage starts from one before it."""
+    before: list[str] = []
+    for node in stages:
+        start = node.map.get("start")
+        if start is not None and start.value not in (None, *before):
+            fix = suggest(str(start.value), before, "those before it are") if before else "take start out"
+            mistakes.add(start.place, f"no stage before this one is called {said(start.value)}", fix)
+        name = node.map.get("name")
+        if name is not None and isinstance(name.value, str):
+            before.append(name.value)
+
+
 def _has(work: Node, key: str) -> bool:
     return key in work.map and work.map[key].value is not None
+
+
+def _groups(work: Node) -> Mapping[str, Node]:
+    groups = work.map["train"].map.get("groups")
+    return {} if groups is None else groups.map
 
 
 def _list(work: Node, key: str) -> list[Node]:
