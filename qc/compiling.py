@@ -13,6 +13,7 @@ from typing import Any
 from graph.errors import QcError, QcErrors
 from qc.runs import Run, code_digest, identity, link_tree, texts, write_text
 from recipes.schema import PassStep, Recipe, Stage
+from recipes.settings import Export
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -189,10 +190,10 @@ def _dry(graph: Any) -> Callable[[PassStep], Any]:
     return lambda step: apply(step.step, graph, check=False, line=step.line)
 
 
-def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
+def plan(recipe: Recipe, until: str | None = None, server: str | None = None) -> tuple[Any, list[QcError]]:
     """The graph that a recipe would give, without weights, and all mistakes that shapes show. Nothing is computed.
 
-    ``until`` is the last stage to take part; without it, all do.
+    ``until`` is the last stage to take part; without it, all do. ``server`` is one that shall load the exports.
     """
     import torch
 
@@ -223,7 +224,33 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
                 graph = before
         for wanted in stage.export:
             errors += obstacles(wanted.target, graph, wanted.numbers, wanted.options())
+            errors += _refused(server, graph, wanted) if server is not None else ()
+    if server is not None:
+        errors += _unserved(server, recipe)
     return graph, errors
+
+
+def _refused(server: str, graph: Any, wanted: Export) -> list[QcError]:
+    """Why a server would not load an export; of dense floats there is nothing to say."""
+    from runtimes.serving.settings import TARGETS
+
+    if wanted.target not in TARGETS:
+        return []
+    from runtimes.export._serving import settings_of
+    from runtimes.serving.rules import refusals
+
+    options = {key: value for key, value in wanted.options().items() if key != "calibration"}
+    return list(refusals(server, graph, settings_of(wanted.target, **options)))
+
+
+def _unserved(server: str, recipe: Recipe) -> list[QcError]:
+    """Raises QcError for a server that is not known; an error where nothing is exported that it could load."""
+    from runtimes.serving.rules import load_server
+
+    title = load_server(server).title
+    if any(wanted.target != "ane" for stage in recipe.plan() for wanted in stage.export):
+        return []
+    return [QcError(f"the recipe exports nothing that {title} loads", fix="add export: [{target: fp8}]")]
 
 
 def _stages(recipe: Recipe, until: str | None) -> tuple[Stage, ...]:
