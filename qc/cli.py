@@ -117,11 +117,18 @@ def run(recipe: RecipeArg, set: Set = None, runs: Runs = RUNS, json: Json = Fals
 
 
 @app.command()
-def check(recipe: RecipeArg, set: Set = None, json: Json = False) -> None:
+def check(
+    recipe: RecipeArg,
+    set: Set = None,
+    server: Annotated[
+        str | None, typer.Option(help="What shall load the exports: transformers, vllm, sglang or tensorrt-llm.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Find every mistake of a recipe at once, in seconds. The model is captured without weights; none are read."""
     from qc.commands import check_command
 
-    check_command(recipe, set or [], json)
+    check_command(recipe, set or [], server, json)
 
 
 @app.command()
