@@ -11,6 +11,8 @@ from graph.errors import QcError
 from qc.runs import find_artifact
 from runtimes.coreml.meta import is_export
 from runtimes.generate import Generator, ends
+from runtimes.onnx.session import Decoder as OnnxDecoder
+from runtimes.onnx.session import is_onnx
 from runtimes.sampling import Sampling
 
 
@@ -34,12 +36,14 @@ class Speaker:
 
 
 def open_speaker(given: str | None, runs: Path, mode: str | None, sampling: Sampling, chat: bool) -> Speaker:
-    """A speaker of an artifact or a run, or of an export for the Neural Engine, which computes in ``mode``."""
+    """A speaker of an artifact or a run, or of an export: one for the Neural Engine computes in ``mode``."""
     export = _export(given)
     if export is not None:
         return Speaker(_of_export(export, mode or "fp32"), sampling, chat)
     if mode is not None:
         raise QcError(f"--mode {mode} belongs to an export for the Neural Engine", fix="take --mode out")
+    if given is not None and is_onnx(Path(given)):
+        return Speaker(_of_onnx(Path(given)), sampling, chat)
     artifact = load(find_artifact(given, runs))
     graph, tokenizer = artifact.graph.materialize(), artifact.load_tokenizer()
     generator = Generator(graph, tokenizer, eos=ends(graph.config, tokenizer, artifact.tokenizer))
@@ -61,3 +65,9 @@ def _of_export(folder: Path, mode: str) -> Generator:
     decoder = Decoder(folder, mode)
     tokenizer = load_tokenizer(folder, f"the export {folder}")
     return Generator(decoder, tokenizer, eos=ends({"eos_token_id": decoder.meta.eos}, tokenizer, folder))
+
+
+def _of_onnx(folder: Path) -> Generator:
+    decoder = OnnxDecoder(folder)
+    tokenizer = load_tokenizer(folder, f"the export {folder}")
+    return Generator(decoder, tokenizer, eos=ends({}, tokenizer, folder))
