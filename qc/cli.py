@@ -73,7 +73,9 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            "--target", "-t", help="safetensors, ane, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4."
+            "--target",
+            "-t",
+            help="safetensors, ane, onnx, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
         ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
@@ -87,7 +89,7 @@ def export(
     chip: Annotated[str | None, typer.Option(help="ane: chips and system, as m1-macos15.")] = None,
     context: Annotated[int | None, typer.Option(help="ane: tokens that the cache holds.")] = None,
     prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
-    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
+    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io; onnx: true.")] = None,
     chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
     scheme: Annotated[str | None, typer.Option(help="fp8: channel, tensor, block or static.")] = None,
     weight_only: Annotated[
@@ -165,7 +167,9 @@ def generate(
     ] = False,
     artifact: Annotated[
         str | None,
-        typer.Option(help="An artifact, a run, or an export for the Neural Engine; without it, the latest run."),
+        typer.Option(
+            help="An artifact, a run, or an export for the Neural Engine or ONNX Runtime; without it, the latest run."
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that hold this share.")] = 1.0,
@@ -186,7 +190,8 @@ def generate(
 ) -> None:
     """Generate text with a KV cache, streamed as it comes.
 
-    An export for the Neural Engine answers itself: its packages are read and computed as an app would use them.
+    An export for the Neural Engine answers itself: its packages are read and computed as an app would use them. So does
+    one for ONNX Runtime that was made with --kv true.
     """
     from qc.commands import generate_command
 

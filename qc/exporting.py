@@ -97,7 +97,9 @@ def export_newest(
 
     find(target)
     _check(target, dtype, options or {})
-    asked: dict[str, Any] = {key: value for key, value in (options or {}).items() if value is not None}
+    asked: dict[str, Any] = {
+        key: _SAID.get(value, value) for key, value in (options or {}).items() if value is not None
+    }
     if given is not None and (Path(given) / "manifest.json").is_file():
         wanted = Export(target=target, dtype=dtype, **asked)  # type: ignore[arg-type]
         folder = out or Path(given).parent / f"export-{target}-{wanted.numbers}"
@@ -111,6 +113,10 @@ def export_newest(
     found = export_artifact(artifact, wanted, folder, tell, verify, force)
     run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
     return found
+
+
+_SAID: dict[Any, Any] = {"true": True, "false": False}
+"""Values as the command line gives them -> as a recipe has them."""
 
 
 def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:

@@ -214,6 +214,9 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
         if target == "ane" and dtype not in ("fp16", None):
             what = f"the Neural Engine computes in fp16, not {dtype}"
             mistakes.add(node.map["dtype"].place, what, "set dtype to fp16, or take it out")
+        if target == "onnx" and dtype == "bf16":
+            what = "ONNX Runtime computes in fp32 or fp16, not bf16"
+            mistakes.add(node.map["dtype"].place, what, "set dtype to one of them, or take it out")
         where = str(node.map["out"].value if "out" in node.map else f"{target}-{dtype}")
         if where in seen and node.map:
             what = f"this export writes to the same folder as that of {seen[where].place}"

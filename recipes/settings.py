@@ -37,9 +37,9 @@ class Gate:
 class Export:
     """Something to write for another runtime."""
 
-    target: Literal["safetensors", "ane", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4"]
-    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, or packed weights
-    for GPU servers."""
+    target: Literal["safetensors", "ane", "onnx", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4"]
+    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, a model for ONNX
+    Runtime, or packed weights for GPU servers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""
@@ -59,9 +59,9 @@ class Export:
     prefill: Natural | None = None
     """For ane: tokens of the function that reads a prompt; without it 64, and 0 for none."""
 
-    kv: Literal["state_slice", "state_blend", "io"] | None = None
+    kv: Literal["state_slice", "state_blend", "io"] | bool | None = None
     """For ane: keys and values in a state written by slices or blended in, or as inputs and outputs; without it,
-    state_slice."""
+    state_slice. For onnx: true makes them inputs and outputs; without it, there is no past."""
 
     chunks: Count | None = None
     """For ane: packages that the blocks are spread over; without it, as few as the chip takes."""

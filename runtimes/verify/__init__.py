@@ -3,6 +3,7 @@
 weights    exports of weights: transformers reads them
 serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
 packages   Core ML packages: the interpreter of runtimes/mil reads them
+onnx       ONNX models: ONNX Runtime reads them
 """
 
 from __future__ import annotations
@@ -36,4 +37,8 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
         from runtimes.verify.serving import verify_serving
 
         return verify_serving(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target == "onnx":
+        from runtimes.verify.onnx import verify_onnx
+
+        return verify_onnx(folder, graph, tokenizer=tokenizer, timeout=timeout)
     raise QcError(f"{folder} is written for {target!r}, which is not known", fix="verify it with the qc that wrote it")
