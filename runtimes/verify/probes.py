@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from runtimes.coreml.inputs import MEMORY_MASK
 from runtimes.coreml.meta import Meta
 from runtimes.mil import MODES
 
@@ -36,6 +37,9 @@ class Row:
     seen: int = 0
     """The first position whose result is looked at."""
 
+    memory: bool = False
+    """Whether it is read beside ``memory_probe``."""
+
 
 def decoder_rows(meta: Meta) -> list[Row]:
     """A prompt of a block and a part of one, then single tokens; a short one; two turns; and the end of the context.
@@ -49,10 +53,20 @@ def decoder_rows(meta: Meta) -> list[Row]:
     rows = []
     for number, pieces in enumerate(cuts):
         kept = _fitting(pieces, context)
-        rows.append(Row(_tokens(meta, sum(kept), number), kept))
+        rows.append(Row(_tokens(meta, sum(kept), number), kept, memory=bool(meta.memory) and number != 1))
     last = _fitting([context - 4, 1, 1, 1, 1], context)
     rows.append(Row(_tokens(meta, sum(last), len(rows)), last, ("fp32",), max(0, context - 5)))
     return rows
+
+
+def memory_probe(meta: Meta) -> dict[str, torch.Tensor]:
+    """Keys and values of a memory that is not full; nothing for a model that reads none."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, (_, heads, tokens, size) in meta.memory.items():
+        if name != MEMORY_MASK:
+            found[name] = torch.randn(1, heads, tokens - tokens // 4, size, generator=generator)
+    return found
 
 
 def _fitting(pieces: list[int], context: int) -> list[int]:
