@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graph import Graph
-from graph.probe import psnr_db
+from graph.probe import padding_tokens, psnr_db
 from runtimes.coreml.encoder import pooling, pools
 from runtimes.coreml.meta import Meta, read_meta
 from runtimes.generate import Generator
@@ -68,7 +68,7 @@ def verify_packages(
     if not files.passed:
         return PackageVerification((files,))
     meta = read_meta(folder)
-    rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta)
+    rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta, padding_tokens(graph))
     prompts = greedy_prompts(meta, tokenizer) if meta.kind == "causal-lm" else []
     sentences = _sentences(meta, tokenizer)
     read = _read(folder, meta, rows, {"prompt": prompts, "sentence": sentences}, timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,19 +79,19 @@ def _fitting(pieces: list[int], context: int) -> list[int]:
     return found
 
 
-def encoder_rows(meta: Meta) -> list[Row]:
-    """For every length a text that fills it, and one that does not."""
-    rows = []
+def encoder_rows(meta: Meta, padding: Collection[int] = ()) -> list[Row]:
+    """For every length a text that fills it, and one that does not; without the tokens that stand for padding."""
+    rows = list[Row]()
     for number, length in enumerate(sorted(meta.parts[0].functions.values())):
-        rows += [
-            Row(_tokens(meta, n, 2 * number + i), [n]) for i, n in enumerate((length, max(1, length - length // 3)))
-        ]
+        for i, count in enumerate((length, max(1, length - length // 3))):
+            rows.append(Row(_tokens(meta, count, 2 * number + i, padding), [count]))
     return rows
 
 
-def _tokens(meta: Meta, count: int, seed: int) -> list[int]:
+def _tokens(meta: Meta, count: int, seed: int, padding: Collection[int] = ()) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    found: list[int] = torch.randint(0, meta.vocabulary, (count,), generator=generator).tolist()
+    real = torch.tensor([token for token in range(meta.vocabulary) if token not in padding])
+    found: list[int] = real[torch.randint(0, len(real), (count,), generator=generator)].tolist()
     return found
 
 
