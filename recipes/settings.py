@@ -72,6 +72,9 @@ class Export:
     dense_prefill: bool | None = None
     """For ane: multiply low-rank scales out in the function that reads a prompt: faster, and larger. Without it, no."""
 
+    memory: Count | None = None
+    """For ane: tokens of the memory that a decoder with gated cross-attention reads; without it, 64."""
+
     scheme: Literal["channel", "tensor", "block", "static"] | None = None
     """For fp8: what shares a scale of weights, a row, the weight, or 128 rows and columns; static: the weight, and
     inputs have scales found on text. Without it, channel."""

@@ -23,7 +23,7 @@ ABOUT = "qc-export.json"
 """The file of an export that says what it is: target, dtype, and the sha256 of every other file."""
 
 
-ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill")
+ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill", "memory")
 """The options of the target ane."""
 
 ONNX_OPTIONS = ("kv",)
