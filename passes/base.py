@@ -122,6 +122,10 @@ class Pass(ABC):
         """The pass, able to read text; the same one where it needs none."""
         return self
 
+    def knowing(self, models: Mapping[str, str]) -> Pass:
+        """The pass, told which models the recipe names, by their names; the same one where it does not matter."""
+        return self
+
     @classmethod
     def options(cls) -> dict[str, Any]:
         """The option names and their defaults (no default: ``...``)."""

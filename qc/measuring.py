@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import operator
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graph.artifact import Artifact, load, read_manifest
 from graph.checkpoint import open_checkpoint
 from graph.errors import QcError
 from qc.compiling import stage_name, step_name
 from qc.console import GateFailed
-from qc.runs import Run
+from qc.runs import Run, write_text
 from qc.training import start_of
+from recipes.metrics import COLUMNS
 from recipes.schema import Recipe, Stage
 from recipes.settings import Gate
 from runtimes.data.corpus import Corpus, Split
-from runtimes.settings import Data, Evaluate, PythonStdlib, TextFiles
+from runtimes.settings import Data, Evaluate, PythonStdlib, Retrieval, TextFiles
+
+if TYPE_CHECKING:
+    from runtimes.retrieval import Questions
 
 Tell = Callable[[str], None]
 
@@ -34,25 +40,47 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: Stage, what: str, artifact: 
         return {k: v for k, v in known.items() if isinstance(v, float)}
     loaded = load(artifact, check_hashes=False)
     compare = bool({"kl", "top1"} & set(stage.evaluate.metrics))
+    if compare and recipe.models:
+        what = "kl and top1 compare with the model before the passes, and the recipe has several"
+        raise QcError(what, line=str(recipe.file), fix="take kl and top1 out of evaluate.metrics")
     reference = start_of(str(recipe.model), loaded.graph.dtype) if compare else None
-    found = measure(loaded.graph.materialize(), reference, loaded.load_tokenizer(), recipe, stage.evaluate, run)
-    bits = bits_per_weight(loaded, str(recipe.model))
+    found = measure(
+        loaded.graph.materialize(), reference, loaded.load_tokenizer(), recipe, stage.evaluate, run,
+        memory_tokenizer=loaded.load_memory_tokenizer(),
+    )  # fmt: skip
+    bits = bits_per_weight(loaded, *sources(recipe))
     run.measure(name, **found, bits_per_weight=bits, bytes=folder_bytes(artifact), folder=str(artifact))
     tell(f"{stage_name(stage)}{what}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
     return found
 
 
-def measure(graph: Any, reference: Any, tokenizer: Any, recipe: Recipe, wanted: Evaluate, run: Run) -> dict[str, float]:
-    """Perplexity, and agreement with ``reference`` where there is one, on held-out text."""
+def measure(
+    graph: Any,
+    reference: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    wanted: Evaluate,
+    run: Run,
+    *,
+    memory_tokenizer: Any = None,
+) -> dict[str, float]:
+    """Perplexity, agreement with ``reference`` where there is one, and what is looked up, on held-out data."""
     from runtimes.evaluate import evaluate
+    from runtimes.retrieval.recall import recall
 
-    batches = held_out_batches(recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens")
-    metrics = [m for m in wanted.metrics if reference is not None or m == "perplexity"]
-    return dict(evaluate(graph, batches, reference=reference, metrics=metrics))
+    batches = held_out_batches(
+        recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens", memory_tokenizer
+    )
+    compared: list[Any] = [m for m in wanted.metrics if m in ("kl", "top1") and reference is not None]
+    found = dict(evaluate(graph, batches, reference=reference, metrics=["perplexity", *compared]))
+    if "retrieval" in wanted.metrics:
+        asked = _questions(data_of(recipe, wanted), wanted, tokenizer, memory_tokenizer)
+        found |= recall(graph, asked, batches=wanted.batches, batch=wanted.batch, greedy=wanted.greedy)
+    return found
 
 
-def held_out_batches(recipe: Recipe, wanted: Evaluate, tokenizer: Any, cache: Path) -> Any:
-    """The batches of an evaluation: its own data, or what training evaluates on, never what it trains on."""
+def data_of(recipe: Recipe, wanted: Evaluate) -> Data:
+    """What is evaluated on: the data of the evaluation, or that which the training is evaluated on."""
     trained = next((s.train for s in recipe.plan() if s.train is not None), None)
     data: Data | None = wanted.data
     if data is None and trained is not None:
@@ -63,6 +91,27 @@ def held_out_batches(recipe: Recipe, wanted: Evaluate, tokenizer: Any, cache: Pa
             line=str(recipe.file),
             fix="say data: python-stdlib (or text:, jsonl:, hf:) in evaluate",
         )
+    return data
+
+
+def _questions(data: Data, wanted: Evaluate, tokenizer: Any, memory_tokenizer: Any) -> Questions:
+    from runtimes.retrieval import Questions
+
+    assert isinstance(data, Retrieval), "a recipe that asks for retrieval has questions"
+    read: dict[str, Any] = {"tokenizer": tokenizer, "memory_tokenizer": memory_tokenizer or tokenizer}
+    return Questions(data, "heldout", length=wanted.length, **read)
+
+
+def held_out_batches(
+    recipe: Recipe, wanted: Evaluate, tokenizer: Any, cache: Path, memory_tokenizer: Any = None
+) -> Any:
+    """The batches of an evaluation: its own data, or what training evaluates on, never what it trains on."""
+    trained = next((s.train for s in recipe.plan() if s.train is not None), None)
+    data = data_of(recipe, wanted)
+    if isinstance(data, Retrieval):
+        asked = _questions(data, wanted, tokenizer, memory_tokenizer)
+        yield from (asked.batch(range(at * wanted.batch, (at + 1) * wanted.batch)) for at in range(wanted.batches))
+        return
     split: Split = "all" if trained is not None and wanted.data is None and trained.eval_data is not None else "heldout"
     tokens = wanted.batches * wanted.batch * wanted.length
     tokens = min(tokens, wanted.tokens) if wanted.tokens else tokens
@@ -72,9 +121,14 @@ def held_out_batches(recipe: Recipe, wanted: Evaluate, tokenizer: Any, cache: Pa
         yield rows.batch(list(range(start, min(start + wanted.batch, len(rows), tokens // wanted.length))))
 
 
-def bits_per_weight(artifact: Artifact, model: str) -> float:
-    """Stored bits of all tensors of an artifact, over the number of weights in the checkpoint it was made of."""
-    return 8 * folder_bytes(artifact.folder) / weights_of(model)
+def sources(recipe: Recipe) -> list[str]:
+    """The models that the recipe begins with."""
+    return [one.model for one in recipe.models.values()] if recipe.models else [str(recipe.model)]
+
+
+def bits_per_weight(artifact: Artifact, *models: str) -> float:
+    """Stored bits of all tensors of an artifact, over the number of weights in the checkpoints it was made of."""
+    return 8 * folder_bytes(artifact.folder) / sum(weights_of(model) for model in models)
 
 
 def weights_of(model: str) -> int:
@@ -95,16 +149,40 @@ def folder_bytes(folder: Path) -> int:
 def check_gates(run: Run, stage: Stage, gates: Sequence[Gate], artifact: Path, tell: Tell) -> None:
     """Raise GateFailed, with every one of the ``gates`` that does not hold for a stage and its artifact."""
     figures = _figures(run, stage, artifact, {gate.metric for gate in gates})
-    failed = []
+    failed, told = [], []
+    series = run.stage(stage.name) / "train" / "metrics.csv"
     for gate in gates:
-        held, why = _holds(gate, figures, run.stage(stage.name) / "train" / "metrics.csv")
+        held, why = _holds(gate, figures, series)
+        told.append(asdict(gate) | {"held": held, "why": why} | _ends(gate, _series(gate, series)))
         tell(
             f"{stage_name(stage)}gate {gate.metric} {gate.op} {'' if gate.value is None else f'{gate.value:g}'}: {why}"
         )
         if not held:
             failed.append(f"{gate.metric} {gate.op} {'' if gate.value is None else f'{gate.value:g} '}fails: {why}")
+    if told:
+        known = _gates_before(run.stage(stage.name) / "gates.json", [gate.metric for gate in gates])
+        write_text(run.stage(stage.name) / "gates.json", json.dumps([*known, *told], indent=1) + "\n")
     if failed:
         raise GateFailed("; ".join(failed), fix="see measured.json in the run's folder; change the recipe, or the gate")
+
+
+def _gates_before(path: Path, metrics: Collection[str]) -> list[dict[str, Any]]:
+    """What ``gates.json`` tells of gates on other metrics."""
+    told: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    return [one for one in told if one["metric"] not in metrics]
+
+
+def _ends(gate: Gate, values: Sequence[float]) -> dict[str, float]:
+    """How a series began, how it ended, and how much of it is finite."""
+    if not values:
+        return {}
+    window = min(gate.window or 10, max(1, len(values) // 2))
+    return {
+        "steps": len(values),
+        "first": sum(values[:window]) / window,
+        "last": sum(values[-window:]) / window,
+        "finite": sum(math.isfinite(value) for value in values),
+    }
 
 
 def _figures(run: Run, stage: Stage, artifact: Path, wanted: Collection[str]) -> dict[str, float]:
@@ -119,16 +197,12 @@ def _figures(run: Run, stage: Stage, artifact: Path, wanted: Collection[str]) ->
     if "bytes" in wanted:
         found["bytes"] = folder_bytes(artifact)
     if "bits_per_weight" in wanted:
-        found["bits_per_weight"] = bits_per_weight(load(artifact, check_hashes=False), str(manifest["model"]))
+        found["bits_per_weight"] = bits_per_weight(load(artifact, check_hashes=False), *sources(run.recipe()))
     return found
 
 
 def _holds(gate: Gate, figures: dict[str, float], series: Path) -> tuple[bool, str]:
-    column = {"train/loss": "loss", "train/grad_norm": "grad_norm", "eval/loss": "eval_loss"}.get(gate.metric)
-    values: list[float] = []
-    if column and series.is_file():
-        with open(series, newline="") as file:
-            values = [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
+    values = _series(gate, series)
     if gate.op == "finite":
         bad = [v for v in values or [figures.get(gate.metric, math.nan)] if not math.isfinite(v)]
         return not bad, "all finite" if not bad else f"{len(bad)} values are not"
@@ -142,6 +216,15 @@ def _holds(gate: Gate, figures: dict[str, float], series: Path) -> tuple[bool, s
     compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}[gate.op]
     assert gate.value is not None
     return bool(compare(value, gate.value)), f"it is {value:.4g}"
+
+
+def _series(gate: Gate, series: Path) -> list[float]:
+    """The values of a metric of a training, step by step."""
+    column = COLUMNS.get(gate.metric)
+    if not column or not series.is_file():
+        return []
+    with open(series, newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
 def evaluate_artifact(

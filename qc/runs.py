@@ -5,6 +5,7 @@ train/               checkpoints, metrics and plot of the training
 trained/             the artifact after the training
 export-<target>/     what was exported
 measured.json        every figure measured, by step
+gates.json           every gate: what it asked, whether it held, how its series began and ended
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Run:
 
 def open_run(recipe: Recipe, overrides: Mapping[str, object] | Sequence[str], root: Path = DEFAULT) -> Run:
     """The run folder of a recipe, made if it is new, and from now on the latest."""
-    content = [recipe.digest(), identity(str(recipe.model)), code_digest(), *texts(recipe, recipe.plan())]
+    from qc.models import source_of
+
+    content = [recipe.digest(), source_of(recipe), code_digest(), *texts(recipe, recipe.plan())]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     run = Run(root / recipe.name / key[:12])
     about = {

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from recipes import checks
 from recipes.document import Node
 from recipes.mistakes import Mistakes, nearest
+from recipes.questions import check_questions
 from recipes.schema import Header, PassStep, Recipe, Stage, Work
 from recipes.section import read
 from recipes.selectors import check_selector
@@ -66,6 +67,7 @@ def _check_model(root: Node, mistakes: Mistakes) -> None:
 class _Reader:
     def __init__(self, root: Node, mistakes: Mistakes) -> None:
         self.root, self.mistakes = root, mistakes
+        self.joined = False
         self.steps = Steps(mistakes)
         self.steps.reserve([work.map["passes"] for work in workers(root) if "passes" in work.map])
 
@@ -79,6 +81,7 @@ class _Reader:
             self.mistakes.add(self.root.map[key].key, what, f"move {key} into one of the stages")
         stages = self.items(node, "stages", "stage")
         checks.check_same_names(stages, "stages", self.mistakes)
+        checks.check_starts(stages, self.mistakes)
         read = [self.stage(one) for one in stages]
         return tuple(stage for stage in read if stage is not None)
 
@@ -87,7 +90,7 @@ class _Reader:
             self.mistakes.add(node.place, f"a stage needs a map, not {said(node.value)}", "write - name: NAME")
             self.steps.astray = True
             return None
-        _check_keys(node, ["name", *WORK], "the stage", self.mistakes)
+        _check_keys(node, ["name", "start", *WORK], "the stage", self.mistakes)
         work = self.work(node)
         if "name" not in node.map:
             self.mistakes.lack(node.place, "the stage has no 'name', which it needs", "add name: to the stage")
@@ -95,7 +98,9 @@ class _Reader:
             return None
         is_name = self.steps.is_name(node.map["name"], "the name of a stage")
         self.steps.astray = self.steps.astray or not is_name
-        return Stage(name=str(node.map["name"].value), **work) if is_name else None
+        start = node.map["start"].value if "start" in node.map else None
+        said_start = start if isinstance(start, str) else None
+        return Stage(name=str(node.map["name"].value), start=said_start, **work) if is_name else None
 
     def work(self, node: Node) -> dict[str, Any]:
         """The fields of Work that a stage, or the recipe itself, has."""
@@ -106,8 +111,9 @@ class _Reader:
             checks.check_train(train, node.map["train"], self.mistakes)
             checks.check_cached(train, node.map["train"], self.root.map.get("cache"), self.mistakes)
         self.check_groups(node)
-        checks.check_models(node, self.root.map.get("models"), self.mistakes)
+        self.joined = checks.check_models(node, self.root.map.get("models"), self.joined, self.mistakes)
         checks.check_evaluate(node, self.root.map.get("cache"), self.mistakes)
+        check_questions(node, self.mistakes)
         gates = self.many(Gate, node, "require", "gate")
         for gate, at in gates:
             checks.check_gate(gate, at, self.mistakes)

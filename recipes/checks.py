@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from graph.errors import QcError
+from passes import registry
 from recipes.document import Node
-from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
+from recipes.metrics import EVALUATED, EXPORTED, GROUPS, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import EXPORT_OPTIONS, Gate
+from recipes.words import said
 from runtimes.export import default_dtype, homes_of, options_of
 from runtimes.export import targets as export_targets
 from runtimes.settings import Evaluate, Group, KdCache, Train
@@ -107,14 +110,21 @@ def _check_group(name: str, group: Group, steps: int, node: Node, mistakes: Mist
         mistakes.add(node.map["start_step"].place, what, f"write less than {steps}")
 
 
-def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
-    """Every pass rewrites a model that exists; with several models, it says which."""
+def check_models(work: Node, models: Node | None, joined: bool, mistakes: Mistakes) -> bool:
+    """Every pass rewrites a model that exists; of several, it says which, until a pass makes one graph of them.
+
+    ``joined`` is whether one did before; returned is whether one has by now.
+    """
     known = list(models.map) if models else []
     for step in work.map["passes"].list if "passes" in work.map else ():
         on = step.map.get("on")
         kind = next((key for key in step.map if key not in ("name", "on")), "this pass")
-        if on is None:
-            if len(known) > 1:
+        if links(kind):
+            joined = True
+            if on is not None:
+                mistakes.add(on.key, f"on: {on.value}, but {kind} joins models", "take on: out")
+        elif on is None:
+            if len(known) > 1 and not joined:
                 what = f"{kind} does not say which model it rewrites"
                 mistakes.add(step.map[kind].key if kind in step.map else step.place, what, f"add on: {known[0]}")
         elif not isinstance(on.value, str):
@@ -123,6 +133,18 @@ def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
             mistakes.add(on.key, f"on: {on.value}, but the recipe has one model", "take on: out, or name models:")
         elif on.value not in (*known, "*"):
             mistakes.add(on.place, f"no model is called {on.value!r}", suggest(on.value, known, "the models are"))
+        elif joined and on.value != "*":
+            fix = f"take on: out, and select {{name: '{on.value}.*'}} where it matters"
+            mistakes.add(on.key, f"on: {on.value}, but the models are one graph by now", fix)
+    return joined
+
+
+def links(kind: str) -> bool:
+    """Whether the pass of this name makes one graph of several."""
+    try:
+        return registry.find(kind).links
+    except QcError:  # told when the step is read
+        return False
 
 
 def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
@@ -169,6 +191,8 @@ def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None
             fix = f"add {asked} to evaluate.metrics"
     elif metric in TRAINED and not _has(work, "train"):
         fix = "add train:"
+    elif metric in GROUPS and GROUPS[metric] not in _groups(work):
+        fix = f"add the group {GROUPS[metric]} to train.groups"
     elif metric in REPORTED and not any(REPORTED[metric] in step.map for step in _list(work, "passes")):
         fix = f"add the pass {REPORTED[metric]}"
     elif metric in EXPORTED and not _list(work, "export"):
@@ -210,8 +234,26 @@ def check_same_names(nodes: Sequence[Node], what: str, mistakes: Mistakes) -> No
         seen.setdefault(name.value, name)
 
 
+def check_starts(stages: Sequence[Node], mistakes: Mistakes) -> None:
+    """A stage starts from one before it."""
+    before: list[str] = []
+    for node in stages:
+        start = node.map.get("start")
+        if start is not None and start.value not in (None, *before):
+            fix = suggest(str(start.value), before, "those before it are") if before else "take start out"
+            mistakes.add(start.place, f"no stage before this one is called {said(start.value)}", fix)
+        name = node.map.get("name")
+        if name is not None and isinstance(name.value, str):
+            before.append(name.value)
+
+
 def _has(work: Node, key: str) -> bool:
     return key in work.map and work.map[key].value is not None
+
+
+def _groups(work: Node) -> Mapping[str, Node]:
+    groups = work.map["train"].map.get("groups")
+    return {} if groups is None else groups.map
 
 
 def _list(work: Node, key: str) -> list[Node]:

@@ -23,6 +23,7 @@ SOURCES: dict[str, type[Any]] = {
     "hf": settings.HubDataset,
     "jsonl": settings.JsonLines,
     "text": settings.TextFiles,
+    "retrieval": settings.Retrieval,
     "source": settings.PythonStdlib,
 }
 """The key that tells a source of data from the others; the first of them that is there decides."""
@@ -78,6 +79,16 @@ _twin(settings.PythonStdlib)
 _twin(settings.TextFiles, text=Globs)
 _twin(settings.JsonLines, jsonl=Globs, **_COLUMNS)
 _twin(settings.HubDataset, hf=Text, split=Text, **_COLUMNS)
+_twin(
+    settings.Retrieval,
+    retrieval=settings.RetrievalTask | dict[str, float],
+    ask=Text,
+    hard=Ratio,
+    vocabulary=Count | None,
+    forms=tuple[Text, ...],
+    **dict.fromkeys(("chunks", "asks", "first_chunks", "entries", "key", "value", "chunk_length"), Count),
+    **dict.fromkeys(("curriculum", "filler"), Natural),
+)
 _twin(settings.CausalLm)
 _twin(settings.Kd, temperature=Positive, alpha=Ratio)
 _twin(

@@ -12,20 +12,62 @@ MetricName: TypeAlias = Literal[
     "train/loss",
     "train/grad_norm",
     "eval/loss",
+    "train/encoder_grad_norm",
+    "train/gca_grad_norm",
+    "train/gate_avg",
+    "train/gate_moved",
+    "eval/exact_match",
+    "exact_match",
+    "prefix_match",
+    "substring_match",
+    "exact_match/no_memory",
+    "exact_match/shuffled",
+    "memory_contribution",
     "bits_per_weight",
     "bytes",
     "lora/survived",
     "export/psnr_db",
 ]
 
-EVALUATED: dict[str, str] = {"perplexity": "perplexity", "perplexity_ratio": "perplexity", "kl": "kl", "top1": "top1"}
+RETRIEVED = (
+    "exact_match",
+    "prefix_match",
+    "substring_match",
+    "exact_match/no_memory",
+    "exact_match/shuffled",
+    "memory_contribution",
+)
+"""Metrics of an evaluation that asks questions."""
+
+EVALUATED: dict[str, str] = {
+    "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity",
+    "kl": "kl",
+    "top1": "top1",
+    **dict.fromkeys(RETRIEVED, "retrieval"),
+}
 """Metrics of an evaluation, and the name under which ``evaluate.metrics`` asks for each.
 
 ``perplexity_ratio`` is the perplexity over that of the graph before the passes.
 """
 
-TRAINED = ("train/loss", "train/grad_norm", "eval/loss")
-"""Metrics of every training; ``train/`` are series over its steps, ``eval/loss`` over its evaluations."""
+COLUMNS: dict[str, str] = {
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "eval/loss": "eval_loss",
+    "train/encoder_grad_norm": "grad_norm/encoder",
+    "train/gca_grad_norm": "grad_norm/gca",
+    "train/gate_avg": "gate_avg",
+    "train/gate_moved": "gate_moved",
+    "eval/exact_match": "eval_exact_match",
+}
+"""Metrics of a training, and where ``metrics.csv`` has them; ``train/`` are series over its steps, ``eval/`` over its
+evaluations. The norms are those of gradients between backward and step, of the groups ``encoder`` and ``gca``."""
+
+TRAINED = tuple(COLUMNS)
+
+GROUPS = {"train/encoder_grad_norm": "encoder", "train/gca_grad_norm": "gca"}
+"""Metrics of one group of the training, and the group."""
 
 REPORTED: dict[str, str] = {"lora/survived": "merge-lora"}
 """Metrics of a pass's report, and the pass."""
@@ -33,5 +75,5 @@ REPORTED: dict[str, str] = {"lora/survived": "merge-lora"}
 EXPORTED = ("export/psnr_db",)
 """Metrics of the check of every export against the graph."""
 
-SERIES = ("train/loss", "train/grad_norm", "eval/loss")
+SERIES = TRAINED
 """Metrics with a value at many steps: those that can have decreased."""

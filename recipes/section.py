@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from graph.errors import QcError
+from graph.errors import QcError, QcErrors
 from recipes.document import Node
 from recipes.limits import loose, strict
 from recipes.mistakes import Mistakes
@@ -59,7 +59,9 @@ def _read_rest(kind: type[Any], node: Node, wrong: set[str | int], named: str, m
 
 
 def _refused(error: QcError, node: Node, named: str, mistakes: Mistakes) -> None:
-    """An error of the dataclass itself, told at the first key it speaks of."""
-    words = re.findall(r"[\w-]+", f"{error.what} {error.fix}")
-    place = next((node.map[word].place for word in words if word in node.map), node.place)
-    mistakes.add(place, f"{named}: {error.what}", error.fix)
+    """Errors of the dataclass itself, or of one in it, each told at the first key it speaks of."""
+    below = {key: one for child in node.map.values() for key, one in child.map.items()} | node.map
+    for one in error.errors if isinstance(error, QcErrors) else (error,):
+        words = re.findall(r"[\w-]+", f"{one.what} {one.fix}")
+        place = next((below[word].place for word in words if word in below), node.place)
+        mistakes.add(place, f"{named}: {one.what}", one.fix)

@@ -9,7 +9,7 @@ from recipes.limits import OBJECTIVES, SOURCES
 from recipes.mistakes import Mistakes, nearest
 from recipes.words import said
 
-DATA_FORMS = "write python-stdlib, {text: GLOB}, {jsonl: GLOB} or {hf: NAME}"
+DATA_FORMS = "write python-stdlib, {text: GLOB}, {jsonl: GLOB}, {hf: NAME} or {retrieval: TASK}"
 NAMED_SOURCES = ("python-stdlib",)
 
 

@@ -1,12 +1,16 @@
 """Where text can come from. The fields are the keys of a recipe.
 
-Nothing but the standard library is imported here, so that reading a recipe does not load torch.
+Nothing that loads torch is imported here, so that reading a recipe does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from string import Formatter
+from typing import Literal, TypeAlias, get_args
+
+from graph.errors import QcError, raise_all
 
 Globs: TypeAlias = str | tuple[str, ...]
 
@@ -66,4 +70,97 @@ class HubDataset(Columns):
     """Configuration of the dataset, where it has several."""
 
 
-Data: TypeAlias = PythonStdlib | TextFiles | JsonLines | HubDataset
+RetrievalTask: TypeAlias = Literal["lookup", "needle", "docstrings"]
+TASKS: tuple[RetrievalTask, ...] = get_args(RetrievalTask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Questions whose answers stand in chunks beside them, for a decoder that looks things up with an encoder."""
+
+    retrieval: RetrievalTask | Mapping[str, float]
+    """lookup (tables of made-up keys), needle (a fact among sentences) or docstrings (functions of the standard
+    library); or several with their weights: ``{lookup: 3, needle: 1}``."""
+
+    ask: str = "Question: {question}\nAnswer:"
+    """What stands before the answer; {question} is the question, {key} what it asks for."""
+
+    chunks: int = 4
+    """Chunks beside a question, one of which answers it."""
+
+    asks: int = 1
+    """Questions about the same chunks; they stand in one row, and none sees another."""
+
+    first_chunks: int = 1
+    """Chunks beside the first question of a training; matters with ``curriculum``."""
+
+    curriculum: int = 0
+    """Questions over which the chunks rise from ``first_chunks`` to ``chunks``."""
+
+    entries: int = 3
+    """Keys of a table, or functions, in a chunk."""
+
+    filler: int = 2
+    """Sentences in a chunk that say nothing, beside a table; around a needle."""
+
+    hard: float = 0.2
+    """Share of the rest that is easily mistaken for what is asked: keys that nearly are the one, statements of a kind,
+    functions of the same module."""
+
+    names: Literal["letters", "words"] = "letters"
+    """What keys and values of a table are made of."""
+
+    key: int = 4
+    """Letters or words of a key of a table."""
+
+    value: int = 6
+    """Letters or words of a value of a table."""
+
+    vocabulary: int | None = None
+    """Words that values of a table are made of; without it, all there are."""
+
+    forms: tuple[str, ...] = ("{key}: {value}", "{key} = {value}", "the value of {key} is {value}")
+    """How a table writes a line."""
+
+    chunk_length: int = 256
+    """Tokens of the encoder that a chunk may have."""
+
+    def __post_init__(self) -> None:
+        """Refuse placeholders that nothing fills, and tables that cannot be read."""
+        raise_all(list(self._mistakes()))
+
+    def _mistakes(self) -> Iterator[QcError]:
+        known = {"ask": ("question", "key"), "forms": ("key", "value")}
+        for name, texts in (("ask", (self.ask,)), ("forms", self.forms)):
+            for text in texts:
+                strange = [word for word in _placeholders(text) if word not in known[name]]
+                if strange:
+                    what = f"{name} has {{{strange[0]}}}, which nothing fills"
+                    yield QcError(
+                        what, fix=f"write {{{known[name][0]}}} and {{{known[name][1]}}}, and {{{{ for a brace"
+                    )
+        if not set(_placeholders(self.ask)):
+            yield QcError("ask names neither question nor key", fix="write {question} or {key} where it belongs")
+        if any({"key", "value"} - set(_placeholders(form)) for form in self.forms):
+            yield QcError("forms has a line without key and value", fix="write {key} and {value} in each")
+        if not self.forms:
+            yield QcError("forms is empty", fix="give the form of a line, or leave forms out")
+        if not self.retrieval:
+            yield QcError("retrieval names no task", fix=f"write {' or '.join(TASKS)}")
+        tasks = {self.retrieval: 1.0} if isinstance(self.retrieval, str) else self.retrieval
+        for task, weight in tasks.items():
+            if not weight > 0:
+                yield QcError(f"retrieval gives {task} a weight of {weight:g}", fix="give a weight above 0")
+            if task not in TASKS:
+                yield QcError(f"retrieval has no task {task!r}", fix=f"write {' or '.join(TASKS)}")
+
+
+def _placeholders(text: str) -> list[str]:
+    """The words in braces."""
+    try:
+        return [word for _, word, _, _ in Formatter().parse(text) if word is not None]
+    except ValueError:  # a single brace
+        return [text]
+
+
+Data: TypeAlias = PythonStdlib | TextFiles | JsonLines | HubDataset | Retrieval

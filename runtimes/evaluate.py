@@ -6,7 +6,7 @@ What is measured at is where a batch's labels say so; the labels never reach ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -43,6 +43,9 @@ class Batch(Protocol):
     def labels(self) -> Tensor:
         """int64 [B, T]: the token to predict *at* each position, that is the next one, or ``IGNORED``."""
 
+    def inputs(self) -> Mapping[str, Tensor]:
+        """What a graph reads of it, by the names of its inputs."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -51,6 +54,10 @@ class Window:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a graph reads of it."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
 
 def windows(
@@ -163,7 +170,7 @@ def _logits(graph: Graph, batch: Batch, at: Tensor) -> Tensor:
     """The logits of the measured positions alone, [n, V]."""
     with torch.inference_mode():
         device = graph.device
-        logits: Tensor = graph(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
+        logits: Tensor = graph(**{name: value.to(device) for name, value in batch.inputs().items()})
         return logits[at.to(device)]
 
 

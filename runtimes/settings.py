@@ -15,6 +15,8 @@ from runtimes.data_settings import Globs as Globs
 from runtimes.data_settings import HubDataset as HubDataset
 from runtimes.data_settings import JsonLines as JsonLines
 from runtimes.data_settings import PythonStdlib as PythonStdlib
+from runtimes.data_settings import Retrieval as Retrieval
+from runtimes.data_settings import RetrievalTask as RetrievalTask
 from runtimes.data_settings import TextFiles as TextFiles
 from runtimes.training_settings import AutoSnap as AutoSnap
 from runtimes.training_settings import Backtrack as Backtrack
@@ -251,8 +253,9 @@ class Evaluate:
     data: Data | None = None
     """What is evaluated on; without it, what training evaluates on."""
 
-    metrics: tuple[Literal["perplexity", "kl", "top1"], ...] = ("perplexity",)
-    """perplexity; kl and top1 compare with the graph before the passes."""
+    metrics: tuple[Literal["perplexity", "kl", "top1", "retrieval"], ...] = ("perplexity",)
+    """perplexity; kl and top1 compare with the graph before the passes; retrieval asks the questions of the data, with
+    the memory, without it and with another one."""
 
     batches: int = 16
     """Batches, if the data lasts."""
@@ -265,3 +268,7 @@ class Evaluate:
 
     tokens: int | None = None
     """Tokens after which to stop, if that is earlier."""
+
+    greedy: bool = False
+    """Generate the answers of retrieval. Otherwise one pass tells whether all tokens of an answer are the likeliest,
+    each behind the right ones: for whole answers the same."""

@@ -47,6 +47,13 @@ class Batch:
         found = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
+    def inputs(self) -> dict[str, Tensor]:
+        """What a graph reads of it, by the names of its inputs."""
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.memory_ids is not None and self.memory_mask is not None:
+            found |= {"memory_ids": self.memory_ids, "memory_attention": self.memory_mask}
+        return found
+
     def without_memory(self) -> Self:
         """The same, with nothing to look up."""
         return replace(self, memory_ids=None, memory_mask=None)

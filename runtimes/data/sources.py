@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from graph.errors import QcError
 from runtimes import stdlib_text
-from runtimes.settings import Columns, Data, HubDataset, JsonLines, PythonStdlib, TextFiles
+from runtimes.settings import Columns, Data, HubDataset, JsonLines, PythonStdlib, Retrieval, TextFiles
 
 Split = Literal["train", "heldout", "all"]
 
@@ -57,6 +57,11 @@ class Document:
 
 def documents(data: Data, root: Path) -> Iterator[Document]:
     """Every document of ``data`` in a fixed order, empty ones left out; relative paths start at ``root``."""
+    if isinstance(data, Retrieval):
+        raise QcError(
+            "questions with chunks beside them are no text to read from end to end",
+            fix="give python-stdlib, text:, jsonl: or hf: here; retrieval: is for train and evaluate",
+        )
     source = _plain(data, root) if isinstance(data, PythonStdlib | TextFiles) else _rows(data, root)
     return (document for document in source if not document.empty())
 

@@ -10,7 +10,8 @@ from graph.errors import QcError
 from runtimes.data import Corpus, Rows
 from runtimes.data.corpus import Split
 from runtimes.distill.reader import TaughtRows
-from runtimes.settings import KdCache, PythonStdlib, Train
+from runtimes.retrieval import Questions
+from runtimes.settings import KdCache, PythonStdlib, Retrieval, Train
 from runtimes.train.cached import open_cache
 
 NOTHING_HELD_OUT = "not evaluated: the data is a single document, so none can be held out; give eval_data"
@@ -20,15 +21,30 @@ NOTHING_HELD_OUT = "not evaluated: the data is a single document, so none can be
 class Text:
     """What a training reads."""
 
-    training: Rows | TaughtRows
-    evaluation: Rows | TaughtRows | None
+    training: Rows | TaughtRows | Questions
+    evaluation: Rows | TaughtRows | Questions | None
     notes: tuple[str, ...]
 
 
-def open_text(settings: Train, *, tokenizer: Any, root: Path, cache: Path, seed: int, processes: int) -> Text:
-    """Open the data; only as many documents are tokenized as ``processes`` processes will read."""
+def open_text(
+    settings: Train,
+    *,
+    tokenizer: Any,
+    root: Path,
+    cache: Path,
+    seed: int,
+    processes: int,
+    memory_tokenizer: Any = None,
+) -> Text:
+    """Open the data; only as many documents are tokenized as ``processes`` processes will read.
+
+    ``memory_tokenizer`` is that of an encoder which makes a memory; without it, ``tokenizer`` reads chunks too.
+    """
     if isinstance(settings.objective, KdCache):
         return Text(*open_cache(settings, settings.objective, tokenizer=tokenizer, root=root, seed=seed))
+    asked = questions_of(settings, tokenizer, memory_tokenizer or tokenizer, seed)
+    if asked is not None:
+        return asked
     corpus, other, split, eval_split = _sources(settings, root)
     reserved = other.split(eval_split)
     same: dict[str, Any] = {
@@ -45,6 +61,21 @@ def open_text(settings: Train, *, tokenizer: Any, root: Path, cache: Path, seed:
         return Text(training, None, (*notes, NOTHING_HELD_OUT))
     evaluation = other.rows(eval_split, enough=settings.eval_batches * a_pass, **same)
     return Text(training, evaluation, notes)
+
+
+def questions_of(settings: Train, tokenizer: Any, memory_tokenizer: Any, seed: int) -> Text | None:
+    """Questions to train on, and those held out; None where the training reads text."""
+    if not isinstance(settings.data, Retrieval):
+        if isinstance(settings.eval_data, Retrieval):
+            raise QcError("eval_data asks questions, and data is text", fix="give questions in both, or in none")
+        return None
+    other = settings.eval_data or settings.data
+    if not isinstance(other, Retrieval):
+        raise QcError("data asks questions, and eval_data is text", fix="give questions in both, or in none")
+    read: dict[str, Any] = {
+        "tokenizer": tokenizer, "memory_tokenizer": memory_tokenizer, "length": settings.length
+    }  # fmt: skip
+    return Text(Questions(settings.data, "train", seed=seed, **read), Questions(other, "heldout", **read), ())
 
 
 def _sources(settings: Train, root: Path) -> tuple[Corpus, Corpus, Split, Split]:

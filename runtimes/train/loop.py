@@ -44,15 +44,17 @@ def train(
     root: Path = Path(),
     cache: Path | None = None,
     progress: Progress | None = None,
+    memory_tokenizer: Any = None,
 ) -> TrainReport:
     """Train what is trainable in ``graph``, in place, and leave metrics, checkpoints and a plot in ``folder``.
 
     ``teacher`` is the graph before the passes, for the objective kd. ``resolved`` is the recipe with every default
     written out: it goes to the trackers. Relative paths of the data start at ``root``; tokens are kept in ``cache``,
-    or in the folder. If the folder holds a training with the same settings it goes on from its last checkpoint.
+    or in the folder. ``memory_tokenizer`` is that of an encoder in the graph; without it, its chunks are read by
+    ``tokenizer``. If the folder holds a training with the same settings it goes on from its last checkpoint.
     """
     seed = settings.seed if settings.seed is not None else seed
-    check(graph)
+    check(graph, settings.data)
     groups = members(graph, settings)
     processes = Processes(folder, settings.trackers)
     if processes.main:
@@ -66,6 +68,7 @@ def train(
             cache=cache or folder / "data",
             seed=seed,
             processes=processes.count,
+            memory_tokenizer=memory_tokenizer,
         )
     generator = torch.random.get_rng_state()
     try:

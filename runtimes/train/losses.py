@@ -49,6 +49,24 @@ class Features:
         return logits.float(), x
 
 
+def whole_answers(student: Features, labels: Tensor, documents: Tensor) -> tuple[int, int]:
+    """Of how many documents every label is the likeliest token, and how many have labels.
+
+    labels, documents: int64 [B, T]; the second has the number of the document in its row
+    """
+    rows, columns = torch.nonzero(labels >= 0, as_tuple=True)
+    wrong = torch.zeros(len(labels), int(documents.max()) + 1, dtype=torch.bool, device=labels.device)
+    asked = torch.zeros_like(wrong)
+    asked[rows, documents[rows, columns]] = True
+    at_once = max(1, LOGITS_AT_ONCE // student.vocabulary)
+    for begin in range(0, len(rows), at_once):
+        row, column = rows[begin : begin + at_once], columns[begin : begin + at_once]
+        logits, _ = student.logits(row * labels.shape[1] + column)
+        bad = logits.argmax(-1) != labels[row, column]
+        wrong[row[bad], documents[row, column][bad]] = True
+    return int((asked & ~wrong).sum()), int(asked.sum())
+
+
 @dataclass(frozen=True)
 class Distilled:
     """What a student takes from its teacher."""

@@ -19,6 +19,9 @@ Row = Mapping[str, float | int]
 
 COLUMNS = ("step", "loss", "tokens", "tokens_per_second", "seconds", "grad_norm", "eval_loss", "eval_perplexity")
 
+EXACT = "eval_exact_match"
+"""Share of held-out questions that are answered whole; a column where a training asks questions."""
+
 
 class Metrics:
     """``metrics.csv`` and ``metrics.jsonl`` of one training."""

@@ -113,6 +113,6 @@ def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, dev
     twin.module.recompile()
 
     def run(batch: Batch) -> Features:
-        return features(twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask), cut)
+        return features(twin(**batch.inputs()), cut)
 
     return Plain(Distillation(objective, run))

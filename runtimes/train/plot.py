@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtimes.data.disk import explained
+from runtimes.train.metrics import EXACT
 
 MISSING = "no loss.png: matplotlib is not installed; pip install 'qc-compiler[plots]'"
 
 
 def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | None:
-    """Draw the training and evaluation losses of ``rows`` to ``path``; return a note where that cannot be done."""
+    """Draw the losses of ``rows`` to ``path``, and the share of questions answered; a note where that cannot be."""
     if importlib.util.find_spec("matplotlib") is None:
         return MISSING
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +29,13 @@ def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | N
         axes.plot(*zip(*evaluated, strict=True), color="#d1622b", marker="o", markersize=4, label="held-out text")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
+    exact = [(r["step"], r[EXACT]) for r in rows if EXACT in r]
+    if exact:
+        beside = axes.twinx()
+        beside.plot(*zip(*exact, strict=True), color="#3b8f5a", marker="s", markersize=4, label="held-out questions")
+        beside.set(ylabel="answered whole", ylim=(-0.02, 1.02))
+        beside.legend(loc="lower left")
     FigureCanvasAgg(figure)
     with explained("the loss plot", path.parent):
         figure.savefig(path, dpi=120)

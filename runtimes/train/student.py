@@ -21,7 +21,7 @@ from graph.formats.fuse import fuse_dequantize, unnest_scales
 from graph.lora import write_in_place
 from graph.nest import nest
 from runtimes.data import Batch
-from runtimes.settings import Train
+from runtimes.settings import Data, Retrieval, Train
 from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
@@ -75,7 +75,7 @@ class Student:
             else nullcontext()
         )
         with bf16:
-            outputs: Any = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **mode)
+            outputs: Any = self.module(**batch.inputs(), **mode)
         ends: tuple[Tensor, ...] = ()
         if self.layers:
             count = 2 * len(self.layers)
@@ -99,12 +99,17 @@ class Student:
             self.graph.set_tensor(name, value.to(self.graph.device, self.graph.dtype_of(name), copy=True))
 
 
-def check(graph: Graph) -> None:
-    """Refuse what cannot be trained."""
+def check(graph: Graph, data: Data | None = None) -> None:
+    """Refuse what cannot be trained, or not on ``data``."""
     if graph.kind != "causal-lm":
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
             fix="capture the model with kind='causal-lm'",
+        )
+    if isinstance(data, Retrieval) and "memory_ids" not in graph.inputs:
+        raise QcError(
+            "the data asks questions about chunks, and the model reads no memory",
+            fix="join an encoder and a decoder with attach-memory, or train on text",
         )
     bare = [n for n in graph.tensors() if n not in graph.stored and graph.tensor(n).is_meta]
     if bare:

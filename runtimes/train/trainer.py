@@ -14,17 +14,20 @@ from torch import Tensor
 
 from graph import Graph, QcError
 from runtimes.data import Batch
+from runtimes.retrieval import Questions
 from runtimes.settings import Train
 from runtimes.train.auto_snap import COLUMNS, Snapper
 from runtimes.train.checkpoints import Tensors, load
 from runtimes.train.corpus import Text
 from runtimes.train.distribute import Processes, fill, local, whole
+from runtimes.train.gates import Gates
 from runtimes.train.gradients import Norms, prepare
 from runtimes.train.groups import Members, memory, optimizer, remember
 from runtimes.train.identity import digest, identity
 from runtimes.train.layerwise import COLUMNS as LAYER_COLUMNS
 from runtimes.train.layerwise import LayerLoss, Layers, layer_loss
-from runtimes.train.losses import Features
+from runtimes.train.losses import Features, whole_answers
+from runtimes.train.metrics import EXACT
 from runtimes.train.objectives import Loss, loss_of
 from runtimes.train.report import perplexity
 from runtimes.train.schedules import rate
@@ -69,6 +72,8 @@ class Trainer:
         self.student, self.settings, self.groups, self.text = student, settings, groups, text
         self.processes, self.seed = processes, seed
         self.start = digest(student.graph, student.parameters)
+        self.asks = isinstance(text.evaluation, Questions)
+        self.gates = Gates(student.graph, student.parameters)
         self.loss: Loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
         self.layers: Layers | None = None
         if settings.layerwise is not None:
@@ -111,10 +116,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._follow()
-        figures: dict[str, float] = {}
+        figures: dict[str, float] = self.gates.figures()
         notes: tuple[str, ...] = ()
         if self.snapper is not None:
-            figures, notes = self.snapper.after(number + 1, self.student.parameters, self.average)
+            snapped, notes = self.snapper.after(number + 1, self.student.parameters, self.average)
+            figures |= snapped
         if self.layers is not None:
             figures |= self.layers.figures()
             notes, anew = self.layers.after(number + 1, value)
@@ -199,11 +205,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
-        """Loss in nats per label and perplexity on held-out text, of the average if there is one; None without text."""
+        """Loss in nats per label and perplexity on held-out text, of the average if there is one; None without text.
+
+        Of questions also the share of answers of which every token is the likeliest.
+        """
         rows = self.text.evaluation
         if rows is None:
             return None
-        size, found = self.settings.batch, torch.zeros(3, dtype=torch.float64, device=self.processes.device)
+        size, found = self.settings.batch, torch.zeros(5, dtype=torch.float64, device=self.processes.device)
         with self._averaged():
             for nth in range(self.settings.eval_batches):
                 first = nth * self._rows_a_pass() + self.processes.rank * size
@@ -212,12 +221,17 @@ class Trainer:
                     break
                 batch = rows.batch(numbers or range(1)).to(self.processes.device)
                 if numbers:
-                    found[:2] += torch.stack(self.loss.evaluate(self.student(batch, training=False), batch))
+                    features = self.student(batch, training=False)
+                    found[:2] += torch.stack(self.loss.evaluate(features, batch))
                     found[2] += (batch.labels >= 0).sum()
+                    if self.asks:
+                        right = whole_answers(features, batch.labels, batch.attention_mask)
+                        found[3:] += torch.tensor(right, device=found.device)
                 else:  # the shards are gathered by all processes together
                     self.student(batch, training=False)
-        loss, text, labels = self.processes.sum(found).tolist()
-        return {"eval_loss": loss / max(labels, 1), "eval_perplexity": perplexity(text / max(labels, 1))}
+        loss, text, labels, right, asked = self.processes.sum(found).tolist()
+        figures = {"eval_loss": loss / max(labels, 1), "eval_perplexity": perplexity(text / max(labels, 1))}
+        return figures | ({EXACT: right / max(asked, 1)} if self.asks else {})
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -236,7 +250,9 @@ class Trainer:
     @property
     def figures(self) -> tuple[str, ...]:
         """The names of what a step may log beside its loss."""
-        return (*(COLUMNS if self.snapper is not None else ()), *(LAYER_COLUMNS if self.layers is not None else ()))
+        asked = (EXACT,) if self.asks else ()
+        snapped = COLUMNS if self.snapper is not None else ()
+        return (*asked, *self.gates.columns, *snapped, *(LAYER_COLUMNS if self.layers is not None else ()))
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,12 @@ SECTIONS = {
 }
 """What the tables say for a part that has a table of its own."""
 
-SHORT = {"data": "[data](#data)", "eval_data": "[data](#data)", "objective": "[objective](#objectives)"}
+SHORT = {
+    "data": "[data](#data)",
+    "eval_data": "[data](#data)",
+    "objective": "[objective](#objectives)",
+    "retrieval": "task, or map of tasks to weights",
+}
 """Keys whose values have too many forms for a cell."""
 
 REFUSED = ("falcon",)

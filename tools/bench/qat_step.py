@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from tools.bench.turns import WARM, Training, ratio, serve, take_turns
 
-LR, BLOCK = 1e-4, 32
+LR = 1e-4
+BLOCK: Literal[32] = 32
 TIME, MEMORY = 1.06, 1.08
 """What a step may take, over the step of plain fp32."""
 
@@ -34,7 +35,7 @@ def prepare(work: Path, model: str, steps: int) -> None:
 
     from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
-    from runtimes.data.corpus import Corpus
+    from runtimes.data.corpus import Corpus, Split
     from runtimes.settings import PythonStdlib
 
     if model == "25m":
@@ -47,13 +48,14 @@ def prepare(work: Path, model: str, steps: int) -> None:
     else:
         (work / "model").symlink_to(locate(model))
     tokenizer = load_tokenizer(locate("seedling"), "seedling")
-    for split, count in (("train", steps), ("heldout", 8)):
+    sizes: dict[Split, int] = {"train": steps, "heldout": 8}
+    for split, count in sizes.items():
         rows = Corpus(PythonStdlib(), Path()).rows(
             split,
             enough=1024 * count,
             tokenizer=tokenizer,
             length=128,
-            cache=work / "tokens",  # type: ignore[arg-type]
+            cache=work / "tokens",
         )
         found = [rows.batch(range(8 * i, 8 * i + 8)).input_ids for i in range(count)]
         torch.save(torch.stack(found), work / f"{split}.pt")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtimes.train import losses
-from runtimes.train.losses import Distilled, Features, cross_entropy, distillation
+from runtimes.train.losses import Distilled, Features, cross_entropy, distillation, whole_answers
 
 ROWS, WIDTH, VOCABULARY = 40, 12, 50
 
@@ -126,3 +126,15 @@ def test_the_logits_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -
     with Watch():
         cross_entropy(Features(x.requires_grad_(), weight), labels).backward()
     assert largest == 16 * VOCABULARY < ROWS * VOCABULARY
+
+
+@pytest.mark.usefixtures("chunks")
+def test_an_answer_is_whole_if_each_of_its_tokens_is_the_likeliest() -> None:
+    labels = torch.tensor([[-100, 3, 4, -100, 7], [-100, 5, -100, 2, 2]])
+    documents = torch.tensor([[1, 1, 1, 2, 2], [1, 1, 3, 3, 0]])
+    likeliest = torch.tensor([[0, 3, 4, 0, 7], [0, 5, 0, 2, 9]])
+    features = Features(F.one_hot(likeliest, VOCABULARY).float().flatten(0, 1))
+    documents[1, 4] = 4
+    assert whole_answers(features, labels, documents) == (4, 5)
+    likeliest[0, 2] = 8
+    assert whole_answers(Features(F.one_hot(likeliest, VOCABULARY).float().flatten(0, 1)), labels, documents) == (3, 5)
