@@ -93,7 +93,7 @@ def _compile(
         "recipe.lock.yaml": lock_text(recipe),
         "passes/00-start.txt": str(workshop),
     }
-    read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
+    read = text_reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
     reports = _rewrite(workshop, recipe, stage, read, check, tell, written)
     about = {
         "kind": "compiled", "model": named(recipe), "recipe": recipe.name, "stage": stage.name, "reports": reports,
@@ -147,7 +147,7 @@ def _rewrite(
     return reports
 
 
-def _reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
+def text_reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
     """Batches of the text that a pass asks for, of documents that are trained on, never of those held out."""
 
     def read(data: Any, tokens: int, length: int, batch: int) -> Iterator[dict[str, Any]]:
