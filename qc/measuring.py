@@ -61,7 +61,9 @@ def _reference(run: Run, recipe: Recipe, stage: Stage, dtype: Any) -> Any:
     before = stage.start or next((a for a, b in pairwise(names) if b == stage.name), None)
     if before is None:
         what = "kl and top1 compare with the model before the passes, and the recipe has several"
-        raise QcError(what, line=str(recipe.file), fix="ask for them in a stage behind, where they compare with this one")
+        raise QcError(
+            what, line=str(recipe.file), fix="ask for them in a stage behind, where they compare with this one"
+        )
     done = "trained" if stages[before].train is not None else "compiled"
     return load(run.stage(before) / done, check_hashes=False).graph.materialize()
 
