@@ -71,7 +71,10 @@ def train(run: RunArg = None, runs: Runs = RUNS, json: Json = False) -> None:
 def export(
     run: RunArg = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors or ane.")
+        str,
+        typer.Option(
+            "--target", "-t", help="safetensors, ane, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4."
+        ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
     out: Annotated[
@@ -86,6 +89,13 @@ def export(
     prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
     kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
     chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="fp8: channel, tensor, block or static.")] = None,
+    weight_only: Annotated[
+        bool | None, typer.Option("--weight-only", help="fp8, nvfp4, mxfp8, mxfp4, int8: leave inputs as they are.")
+    ] = None,
+    dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4: compressed-tensors, modelopt or hf.")] = None,
+    group: Annotated[int | None, typer.Option(help="int4: weights that share a scale, 32, 64 or 128.")] = None,
+    calibration: Annotated[int | None, typer.Option(help="fp8 static, nvfp4: tokens to find input ranges on.")] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -93,6 +103,8 @@ def export(
     from qc.commands import export_command
 
     options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
+    options |= {"scheme": scheme, "weight_only": weight_only, "dialect": dialect, "group": group}
+    options |= {"calibration": calibration}
     export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from graph.errors import QcError, QcErrors
 from qc.models import DTYPES as DTYPES
 from qc.models import ONLY, Workshop, capture_all, models_of, named, source_of, tokenizers
-from qc.runs import Run, code_digest, link_tree, write_text
+from qc.runs import Run, code_digest, link_tree, texts, write_text
 from recipes.schema import PassStep, Recipe, Stage
 
 Tell = Callable[[str], None]
@@ -66,9 +66,8 @@ def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
     source = (
         source_of(recipe) if parent is None else hashlib.sha256((parent / "manifest.json").read_bytes()).hexdigest()
     )
-    return hashlib.sha256(json.dumps([passes, recipe.dtype, recipe.seed, source, code_digest()]).encode()).hexdigest()[
-        :24
-    ]
+    content = [passes, recipe.dtype, recipe.seed, source, code_digest(), *texts(recipe, [stage])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _compile(
@@ -88,19 +87,19 @@ def _compile(
         artifact = load(parent)
         workshop, parent_digest = Workshop({ONLY: artifact.graph}), artifact.digest
         tokenizer, memory_tokenizer = artifact.tokenizer or parent, artifact.memory_tokenizer
-    texts = {
+    written = {
         "recipe.yaml": recipe.file.read_text(),
         "recipe.lock.yaml": lock_text(recipe),
         "passes/00-start.txt": str(workshop),
     }
     read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
-    reports = _rewrite(workshop, recipe, stage, read, check, tell, texts)
+    reports = _rewrite(workshop, recipe, stage, read, check, tell, written)
     about = {
         "kind": "compiled", "model": named(recipe), "recipe": recipe.name, "stage": stage.name, "reports": reports,
         "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": source_of(recipe),
     }  # fmt: skip
     save(
-        folder, workshop.graph, texts=texts, tokenizer=tokenizer, memory_tokenizer=memory_tokenizer,
+        folder, workshop.graph, texts=written, tokenizer=tokenizer, memory_tokenizer=memory_tokenizer,
         parent=parent_digest, about=about,
     )  # fmt: skip
 
@@ -232,7 +231,7 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
         if len(workshop.graphs) > 1 and errors:
             break  # what should have joined them is among the mistakes
         for wanted in stage.export:
-            errors += obstacles(wanted.target, workshop.graph, wanted.options())
+            errors += obstacles(wanted.target, workshop.graph, wanted.numbers, wanted.options())
     return next(iter(workshop.graphs.values())) if errors else workshop.graph, errors
 
 

@@ -261,7 +261,8 @@ def evaluate_artifact(
         other = load(Path(against)).graph.materialize()
     else:
         other = capture(against, dtype=loaded.graph.dtype).materialize()
-    tokens = held_out_batches(recipe, wanted, loaded.load_tokenizer(), runs / ".cache" / "tokens")
+    read = (loaded.load_tokenizer(), runs / ".cache" / "tokens", loaded.load_memory_tokenizer())
+    tokens = held_out_batches(recipe, wanted, *read)
     found = evaluate(loaded.graph.materialize(), tokens, reference=other, metrics=["perplexity", "kl", "top1"])
     return dict(found) | {
         "bits_per_weight": bits_per_weight(loaded, str(loaded.manifest["model"])),

@@ -10,8 +10,10 @@ from passes import registry
 from recipes.document import Node
 from recipes.metrics import EVALUATED, EXPORTED, GROUPS, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
-from recipes.settings import ANE_OPTIONS, Gate
+from recipes.settings import EXPORT_OPTIONS, Gate
 from recipes.words import said
+from runtimes.export import default_dtype, homes_of, options_of
+from runtimes.export import targets as export_targets
 from runtimes.settings import Evaluate, Group, KdCache, Train
 
 COMPARED = ("<", "<=", ">", ">=", "==")
@@ -204,10 +206,11 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
     seen: dict[str, Node] = {}
     for node in exports.list:
         target = str(node.map["target"].value if "target" in node.map else "")
-        dtype = node.map["dtype"].value if "dtype" in node.map else "fp16"
-        for key in ANE_OPTIONS if target == "safetensors" else ():
-            if key in node.map and node.map[key].value is not None:
-                mistakes.add(node.map[key].key, f"{key} belongs to the target ane", f"take {key} out")
+        said = node.map["dtype"].value if "dtype" in node.map else None
+        dtype = said if said is not None else default_dtype(target)
+        for key in EXPORT_OPTIONS if target in export_targets() else ():
+            if key in node.map and node.map[key].value is not None and key not in options_of(target):
+                mistakes.add(node.map[key].key, f"{key} belongs to the {homes_of(key)}", f"take {key} out")
         if target == "ane" and dtype not in ("fp16", None):
             what = f"the Neural Engine computes in fp16, not {dtype}"
             mistakes.add(node.map["dtype"].place, what, "set dtype to fp16, or take it out")

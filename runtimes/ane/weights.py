@@ -156,7 +156,7 @@ def _lut(graph: Graph, node: fx.Node, reader: str) -> Weight:
 
 
 def _not_stored(graph: Graph, node: fx.Node, op: str, reader: str) -> QcError:
-    if op == "qc.dequantize_4bit":
+    if op in ("qc.dequantize_4bit", "qc.dequantize_scaled"):
         name = weight_name(Site(graph, node))
         what = f"{name} is {node.args[2]} with a scale every few columns, which the Neural Engine cannot keep packed"
         fix = "dequantize it before the export, or quantize it with scheme: lut or int8"
