@@ -81,5 +81,5 @@ def test_a_stage_cannot_start_from_one_that_does_not_come_before_it(tmp_path: Pa
     with pytest.raises(QcError) as caught:
         load(file)
     assert str(caught.value).replace(f"{tmp_path}/", "") == (
-        "no stage before this one is called 'onw'\n  recipe recipe.yaml:5:25\n  fix    did you mean 'one'?"
+        "no stage before this one is called 'onw'\n  recipe recipe.yaml:5:26\n  fix    did you mean 'one'?"
     )
