@@ -183,3 +183,95 @@ def _renamed(node: fx.Node, name: str, stack: int, first: int) -> dict[str, Any]
 def _moved(info: TensorInfo, name: str, stack: int, first: int) -> TensorInfo:
     block = None if info.block is None else info.block + first
     return replace(info, stack=stack, block=block, aliases=tuple(f"{name}.{alias}" for alias in info.aliases))
+
+
+def take_apart(graph: Graph) -> tuple[Graph, Graph]:
+    """The encoder and the decoder of a joint graph, under their own names, over the same tensors."""
+    names, about = names_of(graph), graph.config["joint"]
+    between = {node_name(n): n for n in graph.module.graph.nodes if node_name(n).startswith(f"{BETWEEN}/")}
+    joins = [node for name, node in between.items() if name in ("memory/joined", "memory/joined_values")]
+    own = {key: value for key, value in graph.config.items() if key != "joint"}
+    reads = {between["memory/chunk_ids"]: "input_ids", between["memory/chunk_mask"]: "attention_mask"}
+    first = 1 + max((s.block for s in graph.sites() if s.stack == 0 and s.block is not None), default=-1)
+    encoder = _Part(graph, names.encoder, 0, first).made(reads, [n.all_input_nodes[0] for n in joins])
+    encoder.config, encoder.kind = dict(about["encoder"]), "encoder"
+    reads = dict(zip(joins, (MEMORY, VALUE), strict=False)) | {between["memory/joined_mask"]: MASK}
+    decoder = _Part(graph, names.decoder, first, graph.blocks - first).made(reads, graph.output_nodes())
+    decoder.config, decoder.kind = own, graph.kind
+    return encoder, decoder
+
+
+class _Part:
+    """Takes one model out of a joint graph."""
+
+    def __init__(self, joint: Graph, name: str, first: int, blocks: int):
+        self.joint, self.name, self.first, self.blocks = joint, name, first, blocks
+        self.nodes = fx.Graph()
+        self.copied: dict[fx.Node, fx.Node] = {}
+
+    def made(self, reads: dict[fx.Node, str], outputs: list[fx.Node]) -> Graph:
+        """The graph of this model, which reads its inputs where the joint one has ``reads``."""
+        inputs = list(reads.items())
+        used = {arg for node in self._mine() for arg in node.all_input_nodes}
+        given = [n for n in self.joint.module.graph.nodes if n.op == "placeholder" and n in used and n not in reads]
+        order = sorted(given, key=lambda n: n.target not in ("input_ids", "attention_mask"))
+        types: list[tuple[fx.Node, fx.Node]] = []
+        for source, name in [*((n, str(n.target)) for n in order), *inputs]:
+            optional = (None,) if name in (MEMORY, VALUE, MASK) else source.args if source.op == "placeholder" else ()
+            default = optional[0] if optional else inspect.Signature.empty
+            self.copied[source] = self.nodes.placeholder(name, default_value=default)
+            self.copied[source].target = name
+            types.append((self.copied[source], source))
+        for node in self._mine():
+            self.copied[node] = self._copy(node)
+        found = [self.copied[node] for node in outputs]
+        self.nodes.output(found[0] if len(found) == 1 else tuple(found))
+        return self._graph(types)
+
+    def _mine(self) -> list[fx.Node]:
+        prefix = f"{self.name}."
+        return [n for n in self.joint.module.graph.nodes if n.op != "placeholder" and node_name(n).startswith(prefix)]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node.op == "get_attr":
+            return self.nodes.create_node("get_attr", str(node.target).removeprefix(f"{self.name}."))
+        made = self.nodes.node_copy(node, self.copied.__getitem__)
+        tags = dict(node.meta.get("custom", {}))
+        block = tags.get("block")
+        tags |= {"stack": None, "block": None if block is None else block - self.first}
+        tags |= {key: str(tags[key]).removeprefix(f"{self.name}.") for key in ("site", "path") if tags.get(key)}
+        made.meta["custom"] = {key: value for key, value in tags.items() if value is not None}
+        return made
+
+    def _graph(self, types: list[tuple[fx.Node, fx.Node]]) -> Graph:
+        joint, prefix = self.joint, f"{self.name}."
+        tensors, infos = {}, {}
+        for name, info in joint.tensors().items():
+            if name.startswith(prefix):
+                short = name.removeprefix(prefix)
+                block = None if info.block is None else info.block - self.first
+                aliases = tuple(alias.removeprefix(prefix) for alias in info.aliases)
+                tensors[short], infos[short] = (
+                    joint._value(name),
+                    replace(info, stack=None, block=block, aliases=aliases),
+                )
+        stored = {n.removeprefix(prefix): place for n, place in joint.stored.items() if n.startswith(prefix)}
+        made = Graph(self.nodes, tensors, infos, dtype=joint.dtype, stored=stored, blocks=self.blocks)
+        made.device = joint.device
+        inputs = [n for n in made.module.graph.nodes if n.op == "placeholder"]
+        for node, (_, source) in zip(inputs, types, strict=True):
+            node.target = str(node.target)
+            _type(made, node, source)
+        made.propagate()
+        made.verify()
+        return made
+
+
+def _type(graph: Graph, node: fx.Node, source: fx.Node) -> None:
+    """Type an input of a part: tokens as [B, T], a memory as [B, M, d]; any other as it was."""
+    value = source.meta["val"]
+    if not isinstance(value, Tensor):
+        graph.shapes.type_constant(node, value)
+        return
+    dims: tuple[str | int, ...] = ("B", "M") if node.target in (MEMORY, VALUE, MASK) else ("B", "T")
+    graph.shapes.type_input(node, value.dtype, (*dims, *value.shape[2:]))

@@ -82,8 +82,9 @@ def prepare(graph: Graph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def part(graph: Graph) -> tuple[Graph, Graph]:
     """Part a hoisted decoder in two: what makes keys and values of a memory, and a decoder that is always given them.
 
-    The first takes ``memory`` (and ``memory_value``) and returns keys and values in the order of the inputs of the
-    second, which has no projections of the memory any more. Both share the tensors of ``graph``, which stays.
+    The first takes ``memory`` (and ``memory_value``), or the chunks of a joint graph, and returns keys and values in
+    the order of the inputs of the second, which has no encoder and no projections of the memory any more. Both share
+    the tensors of ``graph``, which stays.
     """
     maker, decoder = graph.copy(), graph.copy()
     maker.kind, maker.blocks = "module", 0
@@ -96,9 +97,8 @@ def part(graph: Graph) -> tuple[Graph, Graph]:
     for site in decoder.sites("qc.memory_seen"):
         mask = site.input(0)
         mask.args = ()
-        seen = decoder.insert(
-            "aten.to.dtype", mask, torch.bool, name=f"{site.name}/bool", before=site.node, role="gca.memory"
-        )
+        name = f"{site.name}/bool"
+        seen = decoder.insert("aten.to.dtype", mask, torch.bool, name=name, before=site.node, role="gca.memory")
         site.node.replace_all_uses_with(seen)
     return _swept(maker), _swept(decoder)
 

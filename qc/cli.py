@@ -170,6 +170,10 @@ def generate(
     mode: Annotated[
         str | None, typer.Option(help="Of an export: the arithmetic, fp32, fp16 or ane; without it, fp32.")
     ] = None,
+    context: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text files that a model with an encoder may look things up in; several with several."),
+    ] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -181,7 +185,7 @@ def generate(
 
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
     settings |= {"max_tokens": max_tokens, "seed": seed}
-    generate_command(prompt, interactive, artifact, settings, chat, mode, runs, json)
+    generate_command(prompt, interactive, artifact, settings, chat, mode, runs, json, context or ())
 
 
 @app.command(name="eval")

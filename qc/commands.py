@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,7 @@ def generate_command(
     mode: str | None,
     runs: Path,
     as_json: bool,
+    context: Sequence[Path] = (),
 ) -> None:
     """``qc generate``."""
     with explained(as_json):
@@ -210,7 +211,7 @@ def generate_command(
         from qc.speaking import open_speaker
         from runtimes.sampling import Sampling
 
-        speaker = open_speaker(given, runs, mode, Sampling(**settings), chat)
+        speaker = open_speaker(given, runs, mode, Sampling(**settings), chat, context)
         if prompt is not None:
             if not as_json:
                 sys.stdout.write(prompt)

@@ -214,7 +214,9 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
     errors: list[QcError] = []
     stages = _stages(recipe, until)
     workshop, folders = Workshop(capture_all(recipe, plan=True)), {n: m.model for n, m in models_of(recipe).items()}
+    done: dict[str, Workshop] = {}
     for stage in stages:
+        workshop = workshop if stage.start is None else done[stage.start].copy()
         for step in stage.passes:
             before = workshop.copy()
             try:
@@ -225,6 +227,7 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
             except QcError as error:
                 errors.append(error)
                 workshop = before
+        done[stage.name] = workshop.copy()
         if len(workshop.graphs) > 1 and errors:
             break  # what should have joined them is among the mistakes
         for wanted in stage.export:

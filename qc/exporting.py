@@ -132,10 +132,12 @@ def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:
 def finish_passes(run: Run, recipe: Recipe, tell: Tell) -> tuple[Stage, Path]:
     """Compile the stages that are left and need no training; the last stage and its artifact."""
     newest: Path | None = None
+    done: dict[str, Path] = {}
     for stage in recipe.plan():
         folder = run.stage(stage.name)
-        compiled = compile_stage(run, recipe, stage, newest, tell=tell)
+        compiled = compile_stage(run, recipe, stage, newest if stage.start is None else done[stage.start], tell=tell)
         newest = folder / "trained" if stage.train is not None else compiled
+        done[stage.name] = newest
         if not (newest / "manifest.json").is_file():
             raise QcError(f"{stage_name(stage) or recipe.name + ' '}is not trained yet", fix="run qc train first")
     assert newest is not None

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: Stage, what: str, artifact: 
         return {k: v for k, v in known.items() if isinstance(v, float)}
     loaded = load(artifact, check_hashes=False)
     compare = bool({"kl", "top1"} & set(stage.evaluate.metrics))
-    if compare and recipe.models:
-        what = "kl and top1 compare with the model before the passes, and the recipe has several"
-        raise QcError(what, line=str(recipe.file), fix="take kl and top1 out of evaluate.metrics")
-    reference = start_of(str(recipe.model), loaded.graph.dtype) if compare else None
+    reference = _reference(run, recipe, stage, loaded.graph.dtype) if compare else None
     found = measure(
         loaded.graph.materialize(), reference, loaded.load_tokenizer(), recipe, stage.evaluate, run,
         memory_tokenizer=loaded.load_memory_tokenizer(),
@@ -52,6 +50,22 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: Stage, what: str, artifact: 
     run.measure(name, **found, bits_per_weight=bits, bytes=folder_bytes(artifact), folder=str(artifact))
     tell(f"{stage_name(stage)}{what}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
     return found
+
+
+def _reference(run: Run, recipe: Recipe, stage: Stage, dtype: Any) -> Any:
+    """What kl and top1 compare with: the model before the passes; of several models, what the stage starts from."""
+    if recipe.models is None:
+        return start_of(str(recipe.model), dtype)
+    stages = {one.name: one for one in recipe.plan()}
+    names = list(stages)
+    before = stage.start or next((a for a, b in pairwise(names) if b == stage.name), None)
+    if before is None:
+        what = "kl and top1 compare with the model before the passes, and the recipe has several"
+        raise QcError(
+            what, line=str(recipe.file), fix="ask for them in a stage behind, where they compare with this one"
+        )
+    done = "trained" if stages[before].train is not None else "compiled"
+    return load(run.stage(before) / done, check_hashes=False).graph.materialize()
 
 
 def measure(

@@ -26,18 +26,21 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
     """Every stage in order: passes, training, figures, gates, exports."""
     began = time.perf_counter()
     artifact: Path | None = None
+    done: dict[str, Path] = {}
     if recipe.cache is not None:
         make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
         if artifact is None and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
-        artifact = compile_stage(run, recipe, stage, artifact, tell=tell)
+        parent = artifact if stage.start is None else done[stage.start]
+        artifact = compile_stage(run, recipe, stage, parent, tell=tell)
         if stage.evaluate is not None:
             evaluate_stage(run, recipe, stage, "compiled", artifact, tell)
         if stage.train is not None:
             artifact = train_stage(run, recipe, stage, tell=tell)
             if stage.evaluate is not None:
                 evaluate_stage(run, recipe, stage, "trained", artifact, tell)
+        done[stage.name] = artifact
         check_gates(run, stage, [g for g in stage.require if g.metric not in EXPORTED], artifact, tell)
         for wanted in stage.export:
             export_stage(run, stage, wanted, artifact, tell)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graph.artifact import load, load_tokenizer
 from graph.errors import QcError
+from graph.joint import is_joint
 from qc.runs import find_artifact
+from runtimes.context import with_context
 from runtimes.coreml.meta import is_export
 from runtimes.generate import Generator, ends
 from runtimes.sampling import Sampling
@@ -33,17 +36,40 @@ class Speaker:
         return told | {"tokens_per_second": round(found.tokens_per_second, 1), "uncached": found.uncached}
 
 
-def open_speaker(given: str | None, runs: Path, mode: str | None, sampling: Sampling, chat: bool) -> Speaker:
-    """A speaker of an artifact or a run, or of an export for the Neural Engine, which computes in ``mode``."""
+def open_speaker(
+    given: str | None,
+    runs: Path,
+    mode: str | None,
+    sampling: Sampling,
+    chat: bool,
+    context: Sequence[Path] = (),
+) -> Speaker:
+    """A speaker of an artifact or a run, or of an export for the Neural Engine, which computes in ``mode``.
+
+    ``context`` are files that a model with an encoder may look things up in.
+    """
     export = _export(given)
+    if export is not None and context:
+        raise QcError("an export for the Neural Engine takes no --context", fix="give the artifact it was made of")
     if export is not None:
         return Speaker(_of_export(export, mode or "fp32"), sampling, chat)
     if mode is not None:
         raise QcError(f"--mode {mode} belongs to an export for the Neural Engine", fix="take --mode out")
     artifact = load(find_artifact(given, runs))
     graph, tokenizer = artifact.graph.materialize(), artifact.load_tokenizer()
-    generator = Generator(graph, tokenizer, eos=ends(graph.config, tokenizer, artifact.tokenizer))
+    model: Any = graph
+    if context or is_joint(graph):
+        model = with_context(graph, artifact.load_memory_tokenizer() or tokenizer, [_text(file) for file in context])
+    generator = Generator(model, tokenizer, eos=ends(graph.config, tokenizer, artifact.tokenizer))
     return Speaker(generator, sampling, chat)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise QcError(f"cannot read {file}: {why}", fix="give text files to --context") from None
 
 
 def _export(given: str | None) -> Path | None:

@@ -40,7 +40,8 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     teacher = start_of(str(recipe.model), compiled.graph.dtype) if taught else None
     settings = with_cache(stage.train, recipe, run.folder.parent.parent, tell)
     report = train(
-        graph, settings, tokenizer=compiled.load_tokenizer(), folder=folder / "train", teacher=teacher,
+        graph, settings, tokenizer=compiled.load_tokenizer(), memory_tokenizer=compiled.load_memory_tokenizer(),
+        folder=folder / "train", teacher=teacher,
         seed=recipe.seed, resolved=recipe.resolved(), root=recipe.file.parent,
         cache=run.folder.parent.parent / ".cache" / "tokens",
     )  # fmt: skip

@@ -81,6 +81,7 @@ class _Reader:
             self.mistakes.add(self.root.map[key].key, what, f"move {key} into one of the stages")
         stages = self.items(node, "stages", "stage")
         checks.check_same_names(stages, "stages", self.mistakes)
+        checks.check_starts(stages, self.mistakes)
         read = [self.stage(one) for one in stages]
         return tuple(stage for stage in read if stage is not None)
 
@@ -89,7 +90,7 @@ class _Reader:
             self.mistakes.add(node.place, f"a stage needs a map, not {said(node.value)}", "write - name: NAME")
             self.steps.astray = True
             return None
-        _check_keys(node, ["name", *WORK], "the stage", self.mistakes)
+        _check_keys(node, ["name", "start", *WORK], "the stage", self.mistakes)
         work = self.work(node)
         if "name" not in node.map:
             self.mistakes.lack(node.place, "the stage has no 'name', which it needs", "add name: to the stage")
@@ -97,7 +98,9 @@ class _Reader:
             return None
         is_name = self.steps.is_name(node.map["name"], "the name of a stage")
         self.steps.astray = self.steps.astray or not is_name
-        return Stage(name=str(node.map["name"].value), **work) if is_name else None
+        start = node.map["start"].value if "start" in node.map else None
+        said_start = start if isinstance(start, str) else None
+        return Stage(name=str(node.map["name"].value), start=said_start, **work) if is_name else None
 
     def work(self, node: Node) -> dict[str, Any]:
         """The fields of Work that a stage, or the recipe itself, has."""

@@ -11,6 +11,7 @@ from recipes.document import Node
 from recipes.metrics import EVALUATED, EXPORTED, GROUPS, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import EXPORT_OPTIONS, Gate
+from recipes.words import said
 from runtimes.export import default_dtype, homes_of, options_of
 from runtimes.export import targets as export_targets
 from runtimes.settings import Evaluate, Group, KdCache, Train
@@ -231,6 +232,19 @@ def check_same_names(nodes: Sequence[Node], what: str, mistakes: Mistakes) -> No
             told = f"two {what} are called {name.value!r}; the other is {seen[name.value].place}"
             mistakes.add(name.place, told, f"give each of the {what} a name of its own")
         seen.setdefault(name.value, name)
+
+
+def check_starts(stages: Sequence[Node], mistakes: Mistakes) -> None:
+    """A stage starts from one before it."""
+    before: list[str] = []
+    for node in stages:
+        start = node.map.get("start")
+        if start is not None and start.value not in (None, *before):
+            fix = suggest(str(start.value), before, "those before it are") if before else "take start out"
+            mistakes.add(start.place, f"no stage before this one is called {said(start.value)}", fix)
+        name = node.map.get("name")
+        if name is not None and isinstance(name.value, str):
+            before.append(name.value)
 
 
 def _has(work: Node, key: str) -> bool:

@@ -45,7 +45,8 @@ def json_schema(passes: Sequence[str]) -> Schema:
     work["passes"] = _described({"type": ["array", "null"], "items": _step(kinds)}, Work, "passes")
     _write_short_forms(defs)
     name = _described({"type": "string"}, Stage, "name")
-    defs["Stage"] = _map({"name": name, "include": INCLUDE, **work}, summary(Stage), required=["name"])
+    start = _described({"type": ["string", "null"]}, Stage, "start")
+    defs["Stage"] = _map({"name": name, "start": start, "include": INCLUDE, **work}, summary(Stage), required=["name"])
     stages = _described({"type": ["array", "null"], "items": _ref("Stage")}, Recipe, "stages")
     defs["Cache"]["properties"]["include"] = INCLUDE
     cache = _described({"anyOf": [_ref("Cache"), {"type": "null"}]}, Recipe, "cache")

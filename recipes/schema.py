@@ -110,6 +110,9 @@ class Stage(Work):
     name: Text
     """What the stage is called."""
 
+    start: Text | None = None
+    """The stage whose artifact it starts from; without it, the one before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Work, Header):

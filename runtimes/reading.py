@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -52,8 +53,8 @@ class Model(Protocol):
 class Cached:
     """Reads the prompts once, padded on the left so that all rows end together, and then one token at a time."""
 
-    def __init__(self, graph: Graph, prompts: list[list[int]], slots: int, padding: int):
-        longest = max(map(len, prompts))
+    def __init__(self, graph: Graph, prompts: list[list[int]], slots: int, padding: int, memory: Mapping[str, Tensor]):
+        longest, self.memory = max(map(len, prompts)), memory
         self.ids = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts], device=graph.device)
         self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=graph.device)
         self.padded = longest - torch.tensor([len(p) for p in prompts], device=graph.device)
@@ -73,21 +74,21 @@ class Cached:
 
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         first = None if self.even else self.cache.filled - self.padded
-        return self.cache.run(ids, mask, first)[:, -1]
+        return self.cache.run(ids, mask, first, **self.memory)[:, -1]
 
 
 class Recomputed:
     """Reads everything again for each token, padded on the right so that positions are those of single prompts."""
 
-    def __init__(self, graph: Graph, prompts: list[list[int]], padding: int):
-        self.graph, self.rows, self.padding = graph, [list(p) for p in prompts], padding
+    def __init__(self, graph: Graph, prompts: list[list[int]], padding: int, memory: Mapping[str, Tensor]):
+        self.graph, self.rows, self.padding, self.memory = graph, [list(p) for p in prompts], padding, memory
 
     def start(self) -> Tensor:
         """The logits [B, V] behind the prompts."""
         longest, device = max(map(len, self.rows)), self.graph.device
         ids = torch.tensor([r + [self.padding] * (longest - len(r)) for r in self.rows], device=device)
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in self.rows], device=device)
-        logits: Tensor = self.graph(input_ids=ids, attention_mask=mask)
+        logits: Tensor = self.graph(input_ids=ids, attention_mask=mask, **self.memory)
         ends = torch.tensor([len(r) - 1 for r in self.rows], device=device)
         return logits[torch.arange(len(self.rows), device=device), ends]
 
@@ -102,11 +103,13 @@ class GraphModel:
     """A graph made ready to generate.
 
     It may have its cache already; if not, a copy of it over the same tensors gets one. A model that cannot have one
-    reads everything again for each token, and ``Generated.uncached`` says so.
+    reads everything again for each token, and ``Generated.uncached`` says so. ``memory`` are further inputs, of one
+    row, that are the same for all prompts and all tokens.
     """
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, memory: Mapping[str, Tensor] | None = None):
         self.graph, self.uncached = _cached(graph)
+        self.memory = dict(memory or {})
         self.vocabulary = vocabulary(graph)
         self.limit = _limit(graph)
 
@@ -117,9 +120,10 @@ class GraphModel:
 
     def reader(self, prompts: list[list[int]], slots: int, padding: int) -> Reader:
         """With the cache if there is one."""
+        rows = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in self.memory.items()}
         if self.uncached is None:
-            return Cached(self.graph, prompts, slots, padding)
-        return Recomputed(self.graph, prompts, padding)
+            return Cached(self.graph, prompts, slots, padding, rows)
+        return Recomputed(self.graph, prompts, padding, rows)
 
 
 def _cached(graph: Graph) -> tuple[Graph, str | None]:

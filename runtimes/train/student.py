@@ -66,9 +66,14 @@ class Student:
         everything = dict(inner.named_parameters())
         self.parameters: Mapping[str, Tensor] = {name: everything[name] for name in names}
 
-    def __call__(self, batch: Batch, training: bool) -> Features:
-        """Run it; under bf16 the trained fp32 tensors are cast as they are used."""
-        mode = {"training": training} if self.has_mode else {}
+    def __call__(self, batch: Batch, training: bool, progress: float = 1.0) -> Features:
+        """Run it; under bf16 the trained fp32 tensors are cast as they are used.
+
+        ``progress`` is the share of the training that is done: what fades goes by it.
+        """
+        mode: dict[str, Any] = {"training": training} if self.has_mode else {}
+        if "progress" in self.graph.inputs:
+            mode["progress"] = progress
         bf16 = (
             torch.autocast(self.processes.device.type, torch.bfloat16)
             if self.dtype == torch.bfloat16

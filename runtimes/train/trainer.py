@@ -105,7 +105,7 @@ class Trainer:
             self._seed(number, nth)
             with self.processes.accumulating(self.student.module, last=nth == len(batches) - 1):
                 here = batch.to(self.processes.device)
-                loss, parts = self._loss(self.student(here, training=True), here, number)
+                loss, parts = self._loss(self.student(here, True, number / self.settings.steps), here, number)
                 torch.autograd.backward(loss * scale)
             total += loss.detach()
             terms = {name: terms.get(name, 0) + part for name, part in parts.items()}

@@ -13,6 +13,7 @@ from graph import Graph, QcError, Selector
 from graph.artifact import load, save
 from graph.cache import Cache
 from graph.encoder import as_encoder, set_attention
+from graph.joint import take_apart
 from graph.prepared import part, prepare
 from graph.text import diff
 from passes.attach_memory import AttachMemory
@@ -286,3 +287,18 @@ def test_only_a_graph_with_a_memory_can_be_prepared_and_only_whole() -> None:
         "  site   model.layers.1.gca.attention\n"
         "  fix    remove select: all of them are prepared, or none"
     )
+
+
+# -- taking apart ---------------------------------------------------------------------------------------------------
+
+
+def test_a_joint_graph_comes_apart_into_the_graphs_it_was_made_of() -> None:
+    encoder, inner = take_apart(joint())
+    assert str(inner) == str(decoder())
+    assert (encoder.kind, inner.kind) == ("encoder", "causal-lm")
+    assert (encoder.blocks, inner.blocks) == (2, 2)
+    assert encoder.inputs == ("input_ids", "attention_mask")
+    assert inner.config == decoder().config
+    again, _ = link(AttachMemory(), {"encoder": encoder, "decoder": inner})
+    assert str(again) == str(joint())
+    assert again.tensors() == joint().tensors()

@@ -67,7 +67,7 @@ def test_options_of_a_target_stand_with_that_target(argv: list[str], text: str, 
 
 
 def test_the_shipped_recipes_are_listed(tmp_path: Path) -> None:
-    names = {"fp16", "qlora", "quickstart"}
+    names = {"awareness", "awareness-degrade", "awareness-int8", "fp16", "qlora", "quickstart"}
     found = answer(qc("recipes", "list", "--json", cwd=tmp_path))
     assert names <= {one["name"] for one in found}
     assert all(one.keys() == {"name", "about"} and one["about"] for one in found)

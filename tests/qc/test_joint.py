@@ -72,3 +72,29 @@ def test_models_that_are_never_joined_are_told(tmp_path: Path, model: Path) -> N
     assert str(caught.value) == (
         "the recipe ends with several graphs: encoder, decoder\n  fix    add attach-memory, which makes one of them"
     )
+
+
+def test_stages_may_start_from_the_same_one(tmp_path: Path, model: Path) -> None:
+    stages = f"""
+model: {model}
+stages:
+  - name: packed
+    passes: [{{quantize-base: {{scheme: int8}}}}]
+  - name: dequantized
+    passes: [{{swap-base: {{}}}}]
+  - name: full
+    start: packed
+    passes: [{{swap-base: {{to: full}}}}]
+"""
+    file = tmp_path / "stages.yaml"
+    file.write_text(stages)
+    planned, errors = plan(load_recipe(file))
+    assert not errors
+    qc.run(file, runs=tmp_path / "runs")
+    (run,) = (tmp_path / "runs" / "stages").iterdir()
+    packed, dequantized, full = (load(run / name / "compiled").graph for name in ("packed", "dequantized", "full"))
+    assert str(planned) == str(full) == str(dequantized)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert f"{name}.indices" in packed.tensors()
+    apart = (full.tensor(name) - dequantized.tensor(name)).abs().max()
+    assert 0 < apart < 0.02

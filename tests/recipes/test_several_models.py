@@ -61,3 +61,25 @@ def test_what_is_joined_in_one_stage_is_joined_in_the_next(tmp_path: Path) -> No
         + "  - name: two\n    passes:\n      - hoist-memory-kv: {}\n"
     )
     assert [step.kind for step in load(file).stages[1].passes] == ["hoist-memory-kv"]
+
+
+# -- where a stage starts -------------------------------------------------------------------------------------------
+
+STAGES = "model: seedling\nstages:\n  - {name: one, passes: [insert-kv-cache]}\n  - {name: two, passes: []}\n"
+
+
+def test_a_stage_starts_from_any_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(STAGES + "  - {name: three, start: one}\n")
+    assert [stage.start for stage in load(file).stages] == [None, None, "one"]
+    assert load(file).resolved()["stages"][2]["start"] == "one"
+
+
+def test_a_stage_cannot_start_from_one_that_does_not_come_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(STAGES + "  - {name: three, start: onw}\n")
+    with pytest.raises(QcError) as caught:
+        load(file)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == (
+        "no stage before this one is called 'onw'\n  recipe recipe.yaml:5:26\n  fix    did you mean 'one'?"
+    )
