@@ -144,6 +144,13 @@ def power_of_number(low: Lowering, node: fx.Node) -> Result:
     return low.op("Pow", *(low.operand(arg, dtype) for arg in node.args[:2]))
 
 
+@lowers("aten.expm1")
+def expm1(low: Lowering, node: fx.Node) -> Result:
+    """``exp(x) - 1``."""
+    dtype = dtype_of(node)
+    return low.op("Sub", low.op("Exp", low.operand(node.args[0], dtype)), low.number(1, dtype))
+
+
 @lowers("aten.rsqrt")
 def rsqrt(low: Lowering, node: fx.Node) -> Result:
     """``1 / sqrt(x)``."""

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qc.compiling import plan
+from recipes.load import load
+from recipes.shipped import shipped
+from runtimes.export import obstacles
 from tests.qc.command import answer, qc
 
 RECIPE = """
@@ -68,3 +72,10 @@ def test_check_says_what_onnx_does_not_take(line: str, what: str, fix: str, fold
     done = qc("check", "wrong.yaml", cwd=folder)
     assert done.code == 1
     assert what in done.err and f"fix    {fix}" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, _ in shipped()])
+def test_every_shipped_recipe_can_be_exported_with_a_past(name: str) -> None:
+    graph, errors = plan(load(name))
+    assert errors == [] and obstacles("onnx", graph, "fp16", {"kv": True}) == []

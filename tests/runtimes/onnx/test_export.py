@@ -168,16 +168,11 @@ def test_a_sentence_encoder_gives_the_hidden_states_of_its_graph(tmp_path: Path)
 
 @pytest.mark.slow
 def test_more_than_two_gigabytes_lie_beside_the_model_and_run(tmp_path: Path) -> None:
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(
-        hidden_size=2048, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=2, head_dim=128,
-        intermediate_size=6144, vocab_size=280_000, tie_word_embeddings=True,
-    )  # fmt: skip
-    graph = capture(config)
-    for name in graph.tensors():
-        if graph.tensor(name).is_meta:
-            graph.set_tensor(name, torch.randn(graph.shape(name)) * 0.02)
+    graph, name = random("bert"), "embeddings.word_embeddings.weight"
+    table = torch.zeros(17_000_000, 32)  # memory that nobody wrote to is not there
+    table[:99] = graph.tensor(name)
+    graph.set_tensor(name, table)
     folder = written(graph, tmp_path / "out", inline=10**12)
     assert (folder / "model.onnx.data").stat().st_size > 2**31 > 10**6 > (folder / "model.onnx").stat().st_size
-    assert difference(graph, folder, vocabulary=280_000) <= 1e-4
+    assert weights_lie(folder).passed
+    assert difference(graph, folder) < 5e-6
