@@ -164,6 +164,9 @@ def _not_stored(graph: Graph, node: fx.Node, op: str, reader: str) -> QcError:
     if op == "qc.fake_quantize_lut":
         what = f"{weight_name(Site(graph, node))} is still a float weight that is packed anew each time it is read"
         return QcError(what, site=reader, fix="run freeze-q before the export")
+    if op == "qc.fake_quantize_ternary":
+        what = f"{weight_name(Site(graph, node))} is still a float weight that is made ternary each time it is read"
+        return QcError(what, site=reader, fix="run freeze-ternary before the export")
     what = f"the weight of {reader} is computed in the graph ({op} at {node_name(node)}), not stored"
     return QcError(what, site=reader, fix="merge adapters (merge-lora) before the export, or dequantize the weight")
 
