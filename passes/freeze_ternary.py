@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from graph import Graph, QcError
 from graph.formats import Ternary, format_of, packed_tensors, rounded, weight_name
@@ -48,9 +48,12 @@ class FreezeTernary(Pass):
     def run(self, graph: Graph) -> Report:
         """Pack the integers of one weight after the other."""
         changed, weights, zeros, size = [], 0, 0, 0
+        rules: dict[str, Any] = {}
         for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
             form, name, sides = format_of(site), weight_name(site), packed_tensors(graph, site)
             assert isinstance(form, Ternary), f"{site.name} is no ternary weight"
+            rules |= {"rule": form.by.rule, "scale": form.by.fit, "shared_by": form.name.removeprefix("ternary, ")}
+            rules |= {"tau": form.by.tau} if form.by.tau is not None else {}
             made = replace(form, latent=False, packing=self.packing, baked=self.scale_dtype == "fp16")
             grid, latent = form.grid(sides), sides["latent"].detach()
             packed = made.frozen(grid, latent)
@@ -63,4 +66,4 @@ class FreezeTernary(Pass):
             graph.set_info(f"{name}.scale", trainable=False, group=None)
             train_scales(graph, name, self.train == "scales")
         figures = {"weights": weights, "bytes": size, "bits_per_weight": round(8 * size / weights, 3)}
-        return Report(tuple(changed), {**figures, "zero_share": round(zeros / weights, 5)})
+        return Report(tuple(changed), {**figures, "zero_share": round(zeros / weights, 5), **rules})

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from qc import cli_looking
+from qc.cli_options import RUNS, Json, RecipeArg, RunArg, Runs, Set
 from qc.packages import expect_own_packages
 
 app = typer.Typer(
@@ -27,16 +29,6 @@ recipes_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The
 app.add_typer(recipes_app, name="recipes")
 cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="What is worked out once and kept on disk.")
 app.add_typer(cache_app, name="cache")
-
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-RunArg = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder; without it, the latest run.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set train.steps=100 --set add-lora.rank=8."),
-]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
-Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -71,7 +63,7 @@ def train(run: RunArg = None, runs: Runs = RUNS, json: Json = False) -> None:
 def export(
     run: RunArg = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors or ane.")
+        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors, ane, gguf or ternary.")
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
     out: Annotated[
@@ -279,6 +271,10 @@ def copy_recipe(
 
     with explained():
         print(copy(name, to))
+
+
+for _looks in (cli_looking.assess, cli_looking.quality):
+    app.command()(_looks)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from recipes.document import Node
-from recipes.metrics import EVALUATED, EXPORTED, REPORTED, SERIES, TRAINED
+from recipes.metrics import EVALUATED, EXPORTED, LOOKED, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import ANE_OPTIONS, Gate
 from runtimes.settings import Evaluate, Group, KdCache, Train
@@ -27,6 +27,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
         mistakes.add(node.map["auto_snap"].key, what, "lower every, patience or start")
     if train.layerwise is not None:
         _check_layerwise(train, node, mistakes)
+    if train.when is not None and train.least_increase() is None:
+        what = f"train.when cannot be {train.when!r}"
+        mistakes.add(node.map["when"].place, what, "write when: perplexity_increase > 5 %")
 
 
 def _check_layerwise(train: Train, node: Node, mistakes: Mistakes) -> None:
@@ -124,8 +127,11 @@ def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
 
 
 def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
-    """An evaluation has data: its own, or that of training or of the recipe's cache."""
+    """An evaluation has data: its own, or that of training or of the recipe's cache. A condition has an evaluation."""
     evaluate = work.map.get("evaluate")
+    if "train" in work.map and _has(work.map["train"], "when") and not _has(work, "evaluate"):
+        what = "train.when asks for a perplexity, and nothing here measures it"
+        mistakes.lack(work.map["train"].map["when"].key, what, "add evaluate: {metrics: [perplexity]}")
     if evaluate is None or not evaluate.map or "data" in evaluate.map:
         return
     if not _has(work, "train"):
@@ -169,6 +175,8 @@ def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None
         fix = "add train:"
     elif metric in REPORTED and not any(REPORTED[metric] in step.map for step in _list(work, "passes")):
         fix = f"add the pass {REPORTED[metric]}"
+    elif metric in LOOKED and LOOKED[metric] not in work.map:
+        fix = f"add {LOOKED[metric]}: {{}}"
     elif metric in EXPORTED and not _list(work, "export"):
         fix = "add export:"
     if fix:
@@ -181,7 +189,7 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
     for node in exports.list:
         target = str(node.map["target"].value if "target" in node.map else "")
         dtype = node.map["dtype"].value if "dtype" in node.map else "fp16"
-        for key in ANE_OPTIONS if target == "safetensors" else ():
+        for key in ANE_OPTIONS if target in ("safetensors", "gguf", "ternary") else ():
             if key in node.map and node.map[key].value is not None:
                 mistakes.add(node.map[key].key, f"{key} belongs to the target ane", f"take {key} out")
         if target == "ane" and dtype not in ("fp16", None):

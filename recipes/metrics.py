@@ -16,6 +16,11 @@ MetricName: TypeAlias = Literal[
     "bytes",
     "lora/survived",
     "export/psnr_db",
+    "dequant_fidelity",
+    "gradient_flow/passed",
+    "gradient_flow/dead",
+    "assess/level",
+    "assess/crossed",
 ]
 
 EVALUATED: dict[str, str] = {"perplexity": "perplexity", "perplexity_ratio": "perplexity", "kl": "kl", "top1": "top1"}
@@ -30,8 +35,16 @@ TRAINED = ("train/loss", "train/grad_norm", "eval/loss")
 REPORTED: dict[str, str] = {"lora/survived": "merge-lora"}
 """Metrics of a pass's report, and the pass."""
 
-EXPORTED = ("export/psnr_db",)
-"""Metrics of the check of every export against the graph."""
+EXPORTED = ("export/psnr_db", "dequant_fidelity")
+"""Metrics of the check of exports against the graph; ``dequant_fidelity`` is of the target ternary."""
+
+LOOKED: dict[str, str] = {
+    "gradient_flow/passed": "audit",
+    "gradient_flow/dead": "audit",
+    "assess/level": "assess",
+    "assess/crossed": "assess",
+}
+"""Metrics of a look at what the passes made, and the section that asks for it."""
 
 SERIES = ("train/loss", "train/grad_norm", "eval/loss")
 """Metrics with a value at many steps: those that can have decreased."""

@@ -35,8 +35,9 @@ class Gate:
 class Export:
     """Something to write for another runtime."""
 
-    target: Literal["safetensors", "ane"]
-    """The runtime's format: a folder for transformers, or Core ML packages for the Apple Neural Engine."""
+    target: Literal["safetensors", "ane", "gguf", "ternary"]
+    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, ternary weights
+    in a GGUF file, or ternary weights packed and as floats for transformers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Dtype of the floating tensors."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graph.core import Graph
 from graph.ops import op
 
 SMALLEST = 1e-5
@@ -36,3 +37,15 @@ class _FakeQuantizeTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def with_plain_tokens(graph: Graph) -> Graph:
+    """A copy whose linears read their inputs as they are; the graph itself, where they do so already."""
+    if not graph.sites("qc.fake_quantize_tokens"):
+        return graph
+    plain = graph.copy()
+    for site in plain.sites("qc.fake_quantize_tokens"):
+        site.node.replace_all_uses_with(site.input(0))
+    plain.module.graph.eliminate_dead_code()
+    plain.verify()
+    return plain

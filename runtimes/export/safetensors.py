@@ -48,11 +48,11 @@ def export(
     carried = tokenizer or source
     with replacing(out, force) as new:
         write(new, [count.entry(tensor) for tensor in tensors], stem="model", max_shard=max_shard)
-        write_json(new / "config.json", _config(graph, dtype))
+        write_json(new / "config.json", config_of(graph, dtype))
         if carried is not None:
             carry(carried, new)
         if graph.kind == "causal-lm" and not (new / "generation_config.json").is_file():
-            write_json(new / "generation_config.json", _generation_config(graph))
+            write_json(new / "generation_config.json", generation_config_of(graph))
         head = {"format": "qc-export", "version": 1, "target": "safetensors", "dtype": dtype}
         sign(new, {**head, **(about or {})})
     return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
@@ -129,7 +129,7 @@ class _Count:
         }
 
 
-def _config(graph: Graph, dtype: Dtype) -> dict[str, Any]:
+def config_of(graph: Graph, dtype: Dtype) -> dict[str, Any]:
     """config.json: the graph's configuration, with the dtype and the class that is now right."""
     config: dict[str, Any] = model_config(graph).to_dict()
     for key in [k for k in config if k.startswith("_")]:
@@ -145,7 +145,7 @@ def _class_name(graph: Graph) -> str:
     return str(name if isinstance(name, str) else name[0])
 
 
-def _generation_config(graph: Graph) -> dict[str, Any]:
+def generation_config_of(graph: Graph) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     settings = GenerationConfig.from_model_config(model_config(graph))

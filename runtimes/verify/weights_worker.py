@@ -38,7 +38,11 @@ def _load(folder: str, kind: str) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    model, info = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    file = next(Path(folder).glob("*.gguf"), None)
+    said = {} if file is None else {"gguf_file": file.name}
+    model, info = reader.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **said
+    )
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         sys.exit(f"transformers reports {json.dumps(wrong)}")

@@ -108,11 +108,11 @@ def test_a_wrong_call_ends_with_2_and_says_what_is_wrong(argv: list[str], said: 
 SILLY = [
     ("train", "there is no run in runs/", "run qc compile RECIPE first"),
     ("train nowhere", "nowhere is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
-    ("export --target onyx", "no export target is called 'onyx'", "use one of: ane, safetensors"),
+    ("export --target onyx", "no export target is called 'onyx'", "use one of: ane, gguf, safetensors, ternary"),
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",
-     "give a path, or one of fp16, kd-cache, lut-layerwise, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart"),
+     "give a path, or one of fp16, kd-cache, lut-layerwise, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart, ternary, ternary-handoff"),
     ("show tiny", "tiny is neither an artifact nor a run nor a recipe",
      "give a folder that qc compile wrote, or a recipe"),
     ("show recipe.yaml --stage tun", "recipe.yaml has no stage 'tun'", "its stages are tune, merge"),

@@ -1,16 +1,17 @@
-"""The tables of docs/quality.md, which commands of ``tools`` print and put there."""
+"""The tables of docs/quality.md and docs/ternary.md, which commands of ``tools`` print and put there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "quality.md"
+PAGES = Path(__file__).resolve().parent.parent.parent / "docs"
 END = "<!-- end -->"
 
 
-def replace_table(name: str, text: str) -> None:
-    """Put ``text`` between the marks of that name."""
+def replace_table(name: str, text: str, page: str = "quality.md") -> None:
+    """Put ``text`` between the marks of that name on a page of docs."""
+    path = PAGES / page
     begin = f"<!-- table: {name} -->"
-    head, found, rest = PAGE.read_text().partition(begin)
-    assert found and END in rest, f"{PAGE.name} has no place for the table {name}"
-    PAGE.write_text(f"{head}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
+    head, found, rest = path.read_text().partition(begin)
+    assert found and END in rest, f"{page} has no place for the table {name}"
+    path.write_text(f"{head}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
