@@ -7,6 +7,7 @@ recipe.yaml           the recipe, verbatim
 recipe.lock.yaml      the recipe, resolved
 manifest.json         sha256 of every file and of itself, the parent artifact, a report for each pass
 tokenizer/            the tokenizer and the generation settings of the model
+memory_tokenizer/     the tokenizer of the encoder, of a graph that has one
 passes/NN-name.txt    the text after each pass
 """
 
@@ -55,6 +56,16 @@ class Artifact:
         folder = self.folder / "tokenizer"
         return folder if folder.is_dir() else None
 
+    @property
+    def memory_tokenizer(self) -> Path | None:
+        """The folder of the tokenizer of its encoder, where it has an encoder."""
+        folder = self.folder / "memory_tokenizer"
+        return folder if folder.is_dir() else None
+
+    def load_memory_tokenizer(self) -> Any:
+        """The tokenizer of its encoder; None where it has none."""
+        return None if self.memory_tokenizer is None else load_tokenizer(self.memory_tokenizer, str(self.folder))
+
     def load_tokenizer(self) -> Any:
         """Its tokenizer, or a QcError where it has none."""
         return load_tokenizer(self.tokenizer, str(self.folder))
@@ -81,6 +92,7 @@ def save(
     *,
     texts: Mapping[str, str] | None = None,
     tokenizer: Path | None = None,
+    memory_tokenizer: Path | None = None,
     parent: str | None = None,
     about: Mapping[str, Any] | None = None,
     max_shard: int = 5 << 30,
@@ -99,6 +111,8 @@ def save(
             (new / name).write_text(content, encoding="utf-8")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, new / "tokenizer")
+        if memory_tokenizer is not None:
+            copy_tokenizer(memory_tokenizer, new / "memory_tokenizer")
         files = {str(p.relative_to(new)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in _files(new)}
         manifest = {"format": "qc-artifact", "version": VERSION, "parent": parent, **(about or {}), "files": files}
         (new / "manifest.json").write_bytes(sealed(manifest))

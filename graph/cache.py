@@ -264,11 +264,16 @@ class Cache:
             shape = (batch, new.shape[1], slots, new.shape[3])
             self.buffers[str(buffer.target)] = torch.empty(shape, dtype=new.dtype, device=graph.device)
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor | None = None) -> Tensor:
-        """The logits [B, T, V] of new tokens [B, T] behind those that went before, whose keys and values are kept."""
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, first_position: Tensor | None = None, **memory: Tensor
+    ) -> Tensor:
+        """The logits [B, T, V] of new tokens [B, T] behind those that went before, whose keys and values are kept.
+
+        ``memory`` are further inputs of the graph, the same at every call.
+        """
         past = self.mask[:, : self.filled]
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "first_position": first_position}
-        logits: Tensor = self.graph(**given, past_mask=past, **self.buffers)
+        logits: Tensor = self.graph(**given, past_mask=past, **self.buffers, **memory)
         end = self.filled + input_ids.shape[1]
         self.mask[:, self.filled : end] = attention_mask
         self.filled = end

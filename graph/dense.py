@@ -97,8 +97,8 @@ def _packed(graph: Graph, wanted: dict[str, tuple[int, ...]]) -> Iterator[tuple[
             continue
         sides = Site(graph, node).tensors()
         owner = next((name for name in _prefixes(sides[0]) if name in wanted), None) if sides else None
-        if owner is not None and all(side.startswith(f"{owner}.") for side in sides):
-            yield owner, node
+        if owner is not None and all(side.startswith(f"{owner}.") or side.endswith(".latent") for side in sides):
+            yield owner, node  # latent weights read each other where they share a scale
 
 
 def constant_nodes(graph: Graph) -> dict[fx.Node, None]:

@@ -199,7 +199,7 @@ def read_float_base(graph: Graph, site: Site, stored: Stored, *, force: bool) ->
     packed = stored_weight(site)
     assert isinstance(packed, Site)
     weight = stored.load().to(graph.device, graph.dtype)
-    same, least, what = _likeness(graph, packed, weight)
+    same, least, what = likeness(graph, packed, weight)
     if same < least and not force:
         where = f"{stored.key} in {Path(stored.file).name}"
         told = f"{where} is not what {site.name} was packed from: {same:.0%} of the {what} agree"
@@ -211,7 +211,7 @@ def read_float_base(graph: Graph, site: Site, stored: Stored, *, force: bool) ->
     return weight.float()
 
 
-def _likeness(graph: Graph, packed: Site, weight: Tensor) -> tuple[float, float, str]:
+def likeness(graph: Graph, packed: Site, weight: Tensor) -> tuple[float, float, str]:
     """How much of a float weight is in a packed one, how much has to be, and of what.
 
     Levels and scales of a LUT weight may have been trained since, so of it the signs are compared.

@@ -175,7 +175,7 @@ def attach(graph: Graph, site: Site, name: str, shape: Shape, values: dict[str, 
         return node
 
     if shape.dropout:
-        x = insert("qc.dropout", x, shape.dropout, _training(graph), part=".dropout", role="lora.dropout")
+        x = insert("qc.dropout", x, shape.dropout, training_input(graph), part=".dropout", role="lora.dropout")
     a = graph.add_tensor(
         f"{module}.lora_A.{name}.weight", values["a"], before=before, info=replace(info, role="lora.a")
     )
@@ -209,7 +209,8 @@ def _end(linear: fx.Node) -> fx.Node:
         end = following[0]
 
 
-def _training(graph: Graph) -> fx.Node:
+def training_input(graph: Graph) -> fx.Node:
+    """The input that turns dropout on, added where there is none."""
     found = next((n for n in graph.module.graph.nodes if n.op == "placeholder" and n.target == TRAINING), None)
     return found or graph.add_input(TRAINING, False, default=False)
 

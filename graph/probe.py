@@ -14,26 +14,53 @@ from graph.sites import Site, is_constant, node_name
 
 CHUNK = 1 << 20
 
+CHUNKS, MEMORIES = ("memory_ids", "memory_attention"), ("memory", "memory_value", "memory_mask")
+"""Inputs that may be left out, and that a probe gives all the same: the first where there are some, or the others."""
+
+MASKS = ("attention_mask", "memory_mask", "memory_attention")
+"""Inputs in which 0 is padding."""
+
 
 def probe_inputs(graph: Graph, *, batch: int = 2, length: int = 16, seed: int = 0) -> dict[str, Any]:
-    """Inputs for every input without a default: random tokens, the last row padded at its end, random numbers."""
+    """Inputs for every input without a default: random tokens, the last row padded at its end, random numbers.
+
+    A memory is given too, though a graph can do without: what reads it shall be seen.
+    """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Any] = {}
+    sizes = {"B": batch, "T": length, "C": 2}
+    memories = CHUNKS if CHUNKS[0] in graph.inputs else MEMORIES
     for node in graph.module.graph.nodes:
-        if node.op != "placeholder" or node.args:
+        if node.op != "placeholder" or (node.args and node.target not in memories):
             continue
         value = node.meta["val"]
         assert isinstance(value, Tensor), f"input {node.target} has no example"
-        sizes = {"B": batch, "T": length}
         shape = [sizes.get(d, length) if isinstance(d, str) else int(d) for d in node.meta.get("dims", value.shape)]
-        if node.target == "attention_mask":
+        if node.target in MASKS:
             found[node.target] = torch.ones(shape, dtype=value.dtype)
-            found[node.target][-1, -max(1, length // 8) :] = 0
+            found[node.target][-1, ..., -max(1, length // 8) :] = 0
         elif value.dtype.is_floating_point:
             found[node.target] = torch.randn(shape, generator=generator).to(value.dtype)
         else:
-            found[node.target] = torch.randint(0, vocabulary(graph), shape, generator=generator).to(value.dtype)
+            found[node.target] = torch.randint(0, known(graph, node), shape, generator=generator).to(value.dtype)
     return {name: value.to(graph.device) for name, value in found.items()}
+
+
+def known(graph: Graph, ids: fx.Node) -> int:
+    """The number of tokens that every table knows which the input ``ids`` is looked up in."""
+    tables = [s.input(0) for s in graph.sites("aten.embedding") if ids in _sources(s.input(1))]
+    return min((int(table.meta["val"].shape[0]) for table in tables), default=vocabulary(graph))
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """The tensors that the values of ``node`` come from."""
+    found, pending = set(), [node]
+    while pending:
+        here = pending.pop()
+        if here not in found and isinstance(here.meta["val"], Tensor):
+            found.add(here)
+            pending += here.all_input_nodes
+    return found
 
 
 def vocabulary(graph: Graph) -> int:

@@ -21,6 +21,7 @@ from graph.sites import Malformed, node_name
 
 SYMBOLS: dict[str, tuple[int, int, int]] = {
     "B": (3, 5, 2), "T": (17, 23, 19), "M": (29, 31, 43), "S": (37, 41, 47), "N": (7, 11, 13),
+    "C": (53, 59, 61),
 }  # fmt: skip
 """Symbol -> its size in the first world, in the world where it alone differs, and in the last, where all differ."""
 

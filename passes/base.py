@@ -85,6 +85,12 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not come later in a recipe than this one."""
 
+    links: ClassVar[bool] = False
+    """Whether it makes one graph of several, by ``link``, instead of rewriting one."""
+
+    new_outputs: ClassVar[bool] = False
+    """Whether the graph returns other values afterwards, which come of those it returned."""
+
     select: Selector = EVERYTHING
     """Which of the offered sites to rewrite."""
 
@@ -104,12 +110,20 @@ class Pass(ABC):
                 raise
         return Report(tuple(changed))
 
+    def link(self, graphs: Mapping[str, Graph]) -> tuple[Graph, Report]:
+        """One graph of several; for passes that say so with ``links``."""
+        raise NotImplementedError(f"{type(self).__name__} has no link()")
+
     def check(self, graph: Graph) -> Sequence[QcError]:
         """All mistakes that shapes show, without weights. The default has none to report."""
         return ()
 
     def reading(self, read: ReadText) -> Pass:
         """The pass, able to read text; the same one where it needs none."""
+        return self
+
+    def knowing(self, models: Mapping[str, str]) -> Pass:
+        """The pass, told which models the recipe names, by their names; the same one where it does not matter."""
         return self
 
     @classmethod

@@ -48,7 +48,8 @@ def breaches(
         return  # a plan has no numbers
     yield from finite(before, after, report.changed)
     yield from stored(step.contract, before.graph, after)
-    yield from outputs(step.contract, before.graph, after, batch, length)
+    if not step.new_outputs:
+        yield from outputs(step.contract, before.graph, after, batch, length)
     yield from finite_gradients(after)
 
 

@@ -14,16 +14,16 @@ The values are those the packed weight stood for; what packing lost does not com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from graph import Graph, QcError, Site
-from graph.formats import dense_value, packed_tensors, rounded, store_dense, weight_name
+from graph.formats import dense_value, fused_with, packed_tensors, rounded, store_dense, weight_name
 from graph.formats.stored import DEQUANTIZE
 from graph.formats.ternary_again import keep_scale
-from passes.base import Exact, Lossy, Pass
+from passes.base import Exact, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,6 +55,13 @@ class Dequantize(Pass):
             for site in sites
             if site.op == "qc.fake_quantize_ternary"
         ]
+
+    def run(self, graph: Graph) -> Report:
+        """Latent weights that share a global scale with one that goes are changed too: they keep its magnitude."""
+        sites = self.select.pick(graph.sites(*self.ops), graph.blocks)
+        others = [other.name for site in sites for other in fused_with(graph, weight_name(site))]
+        report = super().run(graph)
+        return replace(report, changed=tuple(dict.fromkeys([*report.changed, *others])))
 
     def rewrite(self, graph: Graph, site: Site) -> bool:
         """Unpack the weight of ``site``, and put it in the place of the integers."""

@@ -23,7 +23,7 @@ def dry_run(before: Graph, after: Graph) -> Iterator[Breach]:
     """
     now = _Shadow(after)
     try:
-        output = now.trace()
+        outputs = now.trace()
     except Malformed as error:
         yield Breach(f"{error.site} cannot run: {str(error).splitlines()[0]}", error.site)
         return
@@ -35,7 +35,7 @@ def dry_run(before: Graph, after: Graph) -> Iterator[Breach]:
         if was.passes.get(node_name(wire.old)) and not now.passes.get(node_name(wire.new), True):
             yield Breach(f"no gradient passes {node_name(wire.new)}, which {wire.reader} reads", node_name(wire.new))
     trained = [name for name, info in after.tensors().items() if info.trainable]
-    reached = now.reached(output, trained)
+    reached = now.reached(outputs, trained)
     for name in trained:
         if name not in reached:
             yield Breach(f"{name} is trainable but the output does not depend on it", home(after, name))
@@ -50,23 +50,21 @@ class _Shadow(fx.Interpreter):
         self.leaves: dict[str, Tensor] = {}
         self.passes: dict[str, bool] = {}
 
-    def trace(self) -> Tensor:
-        """Run it; return the first output."""
+    def trace(self) -> tuple[Tensor, ...]:
+        """Run it; return the outputs."""
         batch, length = HINTS
         inputs = {n: v.to("meta") for n, v in probe_inputs(self.source, batch=batch, length=length).items()}
         nodes = [n for n in self.source.module.graph.nodes if n.op == "placeholder"]
         with torch.enable_grad():
-            output = self.run(*[inputs[n.target] if n.target in inputs else n.args[0] for n in nodes])
-        first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return first
+            return _all(self.run(*[inputs[n.target] if n.target in inputs else n.args[0] for n in nodes]))
 
-    def reached(self, output: Tensor, tensors: list[str]) -> set[str]:
-        """Which of these tensors get a gradient from the output."""
+    def reached(self, outputs: tuple[Tensor, ...], tensors: list[str]) -> set[str]:
+        """Which of these tensors get a gradient from the outputs."""
         read = [name for name in tensors if name in self.leaves]
-        if not read or not output.requires_grad:
+        if not read or not any(output.requires_grad for output in outputs):
             return set()
         with torch.enable_grad():
-            loss = output.float().pow(2).sum()
+            loss = _squares(outputs)
         found = torch.autograd.grad(loss, [self.leaves[name] for name in read], allow_unused=True)
         return {name for name, grad in zip(read, found, strict=True) if grad is not None}
 
@@ -95,6 +93,14 @@ class _Shadow(fx.Interpreter):
         return super().call_function(target, tuple(args), kwargs)
 
 
+def _all(output: Any) -> tuple[Tensor, ...]:
+    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
+
+def _squares(outputs: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([o.float().pow(2).sum() for o in outputs if o.is_floating_point()]).sum()
+
+
 def _on_meta(arg: Any) -> Any:
     return torch.device("meta") if isinstance(arg, torch.device) else arg
 
@@ -105,9 +111,8 @@ def finite_gradients(graph: Graph) -> Iterator[Breach]:
     if not trained or graph.lazy() or any(p.is_meta for p in trained.values()):
         return
     with torch.enable_grad():
-        output = graph(**probe_inputs(graph))
-        first = output[0] if isinstance(output, (tuple, list)) else output
-        grads = torch.autograd.grad(first.float().pow(2).sum(), list(trained.values()), allow_unused=True)
+        loss = _squares(_all(graph(**probe_inputs(graph))))
+        grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     for name, grad in zip(trained, grads, strict=True):
         if grad is not None and not bool(torch.isfinite(grad).all()):
             yield Breach(f"the gradient of {name} is not finite", home(graph, name))

@@ -4,6 +4,11 @@
     after     W/dequantize = qc.dequantize_4bit(W.indices, W.absmax, nf4, model)
               y = linear(x, W/dequantize)
 
+For GPU servers, a weight is codes times scales (fp8, nvfp4, mxfp8, mxfp4, int4):
+
+    packed    W/dequantize = qc.dequantize_scaled(W.indices, W.scale, nvfp4, model, global_scale=W.global_scale)
+    latent    W/fake_quantize = qc.fake_quantize_scaled(W.latent, nvfp4, 1, 16, model, fused=[V.latent])
+
 With the scheme lut, a weight is a few levels times scales, and levels and scales are parameters:
 
     factored  W/dequantize = qc.dequantize_lut(W.indices, W.lut, 1024, model, scale_a=…, scale_b=…, scale_g=…)
@@ -14,7 +19,7 @@ Levels that train follow from ``theta``, whatever it becomes in order, symmetric
     levels    W/levels = qc.monotone_levels(W.theta, 1.0)
               W/dequantize = qc.dequantize_lut(W.indices, W/levels, 1024, model, scale_a=…, scale_b=…, scale_g=…)
 
-The integers are all that is left of a weight, and they do not train: a weight that was trainable is frozen. Embeddings
+Integers do not train, and where they are all that is left of a weight it is frozen; latent weights train. Embeddings
 and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
 so selecting one reader packs the weight of both.
 """
@@ -34,11 +39,15 @@ from graph.formats import (
     Format,
     Lut,
     LutOptions,
+    Scaled,
     Tally,
     fidelity,
+    fused_weights,
+    link_fused,
     make_format,
     packed_sites,
     release_freed,
+    shared_largest,
     store_packed,
 )
 from graph.formats.ahead import worked_ahead
@@ -47,6 +56,9 @@ from graph.moments import take_moments
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALES = {"int8": "has one scale a row", "lut": "has scales of its own (lut.scale)", "int4": "has one scale a block"}
+"""Why a scheme has no use for an option."""
+
 RELEASE_EVERY = 64 << 20
 """Bytes of float weights after which what they took is given back to the system."""
 
@@ -58,6 +70,8 @@ class Read(NamedTuple):
     site: Site
     w: torch.Tensor
     moments: torch.Tensor | None
+    largest: float | None
+    """The largest magnitude of all weights that share its global scale."""
 
 
 class Packing(NamedTuple):
@@ -72,7 +86,7 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeBase(Pass):
-    """Pack the weight of every selected linear and embedding: in bitsandbytes' formats, or as a table of levels."""
+    """Pack the weight of every selected linear and embedding, in the format that ``scheme`` names."""
 
     contract = Lossy(min_psnr_db=10.0)  # deep random models amplify noise; ``fidelity`` bounds every weight by itself
     ops = ("aten.linear", "aten.embedding")
@@ -80,14 +94,22 @@ class QuantizeBase(Pass):
     select: Selector = BLOCK_WEIGHTS
     """Which weights. Without a role or a name in it, embeddings and head are left out."""
 
-    scheme: Literal["nf4", "fp4", "int8", "lut"] = "nf4"
-    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits, one scale a row) or lut (1 to 8 bits)."""
+    scheme: Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "lut"] = "nf4"
+    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits, one scale a row), fp8 (e4m3), nvfp4 (e2m1,
+    16 a scale), mxfp8, mxfp4 (32 a scale), int4 or lut (1 to 8 bits)."""
 
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights of a row that share one scale; it must divide the rows. For nf4 and fp4."""
+    """Weights of a row that share one scale; it must divide the rows. For nf4, fp4 and int4."""
+
+    share: Literal["row", "weight", "block"] = "row"
+    """What shares one scale: a row, the whole weight, or 128 rows and 128 columns. For fp8."""
 
     double_quant: bool = False
     """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. For nf4 and fp4."""
+
+    form: Literal["packed", "latent"] = "packed"
+    """Packed weights that stay as they are, or float weights that are packed anew at every step and train, as the
+    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4 and int4; lut has lut.form."""
 
     lut: LutOptions | None = None
     """Levels, scales and training of the scheme lut."""
@@ -100,7 +122,7 @@ class QuantizeBase(Pass):
             given = self.select.exclude or ()
             kept = (*((given,) if isinstance(given, str) else given), "embed", "head")
             object.__setattr__(self, "select", replace(self.select, exclude=kept))
-        if self.scheme == "int8":
+        if self.scheme in ("int8", "fp8", "mxfp8"):
             object.__setattr__(self, "contract", Lossy(min_psnr_db=25.0, min_weight_snr_db=8.0))
         if self.scheme == "lut":
             weights = 0.0 if self.tables.fit == "mse" else -10.0  # one bit and absmax scales lose more than is there
@@ -112,14 +134,15 @@ class QuantizeBase(Pass):
         return self.lut or LutOptions()
 
     @property
-    def form(self) -> Format:
+    def format(self) -> Format:
         """The format of all weights, for the schemes that have but one."""
         assert self.scheme != "lut", "see form_for()"
-        return make_format(self.scheme, block=self.block, double_quant=self.double_quant)
+        options = {"block": self.block, "double_quant": self.double_quant, "share": self.share}
+        return make_format(self.scheme, **options, latent=self.form == "latent")  # type: ignore[arg-type]
 
     def form_for(self, role: str, shape: tuple[int, ...]) -> Format:
         """The format of a weight of this role and shape [out, in]."""
-        return self.tables.form_for(role, shape) if self.scheme == "lut" else self.form
+        return self.tables.form_for(role, shape) if self.scheme == "lut" else self.format
 
     def check(self, graph: Graph) -> Sequence[QcError]:
         """Every selected weight that the format cannot hold, and every selected site without a stored weight."""
@@ -146,10 +169,16 @@ class QuantizeBase(Pass):
 
     def _mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
-        if self.scheme in ("int8", "lut") and (self.double_quant or self.block != 64):
-            unused = "double_quant" if self.double_quant else "block"
-            scales = "has one scale a row" if self.scheme == "int8" else "has scales of its own (lut.scale)"
+        blocks, doubled = self.scheme in ("nf4", "fp4", "int4"), self.scheme in ("nf4", "fp4")
+        if (self.double_quant and not doubled) or (self.block != 64 and not blocks):
+            unused = "double_quant" if self.double_quant and not doubled else "block"
+            scales = _SCALES.get(self.scheme, "has scales of a fixed kind")
             yield QcError(f"{self.scheme} {scales} and no {unused}", fix=f"take {unused} out, or use nf4")
+        if self.share != "row" and self.scheme != "fp8":
+            yield QcError(f"share is given, and scheme is {self.scheme}", fix="set scheme to fp8, or take share out")
+        if self.form == "latent" and self.scheme in ("nf4", "fp4", "int8", "lut"):
+            fix = "set lut.form to latent" if self.scheme == "lut" else "use int4, fp8, nvfp4, mxfp8 or mxfp4"
+            yield QcError(f"form is latent, and {self.scheme} weights do not train through it", fix=fix)
         if self.lut is not None and self.scheme != "lut":
             yield QcError(f"lut is given, and scheme is {self.scheme}", fix="set scheme to lut, or take lut out")
         if self.scheme == "lut":
@@ -169,7 +198,11 @@ class QuantizeBase(Pass):
             if weight is not None and weight not in chosen:
                 chosen[weight] = site
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
-        read = (Read(n, site, graph.tensor(n).detach(), take_moments(graph, n)) for n, site in chosen.items())
+        fused = fused_weights(chosen)
+        shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
+        read = (
+            Read(n, site, graph.tensor(n).detach(), take_moments(graph, n), shared.get(n)) for n, site in chosen.items()
+        )
         on_host = graph.device.type == "cpu"
         for weight, site, packing in worked_ahead(self._packing, read, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
@@ -177,12 +210,16 @@ class QuantizeBase(Pass):
             del packing
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
+        if self.scheme == "nvfp4" and self.form == "latent":
+            link_fused(graph, fused)
         return Report(tuple(changed), figures.summary())
 
     def _packing(self, read: Read) -> tuple[str, Site, Packing]:
         """Pack one weight, and compare it with what it unpacks to."""
-        weight, site, w, moments = read
+        weight, site, w, moments, largest = read
         form = self.form_for(site.role, tuple(w.shape))
+        if isinstance(form, Scaled):
+            form = replace(form, largest=largest)
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
@@ -195,6 +232,8 @@ class QuantizeBase(Pass):
         w, form, packed, found = packing
         figures.add(weight, w, packed, found)
         stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
+        if isinstance(form, Scaled) and form.latent:
+            graph.set_info(f"{weight}.latent", trainable=True, group="weights")
         if isinstance(form, Lut):
             figures.add_scales(form.once_baked(packed), w.numel(), form.scales_below(packed))
             if form.theta:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from graph import Graph, QcError, QcErrors, raise_all
 from graph.sites import Malformed
 from passes.base import Close, Contract, Exact, Lossy, Pass, Report, TrainingOnly
 from passes.contracts import Breach, Snapshot, breaches
+from passes.joined import joined
 from passes.marks import home
 
 
@@ -39,6 +42,29 @@ def apply(
         for breach in breaches(step, before, graph, report, batch, length):
             raise _broken(step, breach, line)
     return report
+
+
+def link(
+    step: Pass,
+    graphs: Mapping[str, Graph],
+    *,
+    check: bool = True,
+    batch: int = 2,
+    length: int = 16,
+    line: str | None = None,
+) -> tuple[Graph, Report]:
+    """The graph that ``step`` makes of several, held to its contract: without a memory, it is the decoder.
+
+    Raises as ``apply`` does.
+    """
+    try:
+        made, report = step.link(graphs)
+    except QcError as error:
+        error.line = error.line or line
+        raise
+    for breach in joined(step, graphs, made, batch, length) if check else ():
+        raise _broken(step, breach, line)
+    return made, report
 
 
 def _failed(error: Exception, graph: Graph) -> Breach:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from graph import Graph, Site
+from graph.formats.ahead import worked_ahead
 from graph.formats.fidelity import ROUNDING
 from graph.formats.format import chunks
-from graph.formats.stored import DEQUANTIZE, format_of, packed_tensors
+from graph.formats.stored import DEQUANTIZE, held
 from graph.ops import op_name
 from graph.probe import evaluate_constant, failing_site, probe_inputs, psnr_db, run, snr_db, values_by_site
 from graph.sites import is_constant, node_name
@@ -46,6 +47,7 @@ def finite(before: Snapshot, after: Graph, changed: tuple[str, ...]) -> Iterator
 def stored(contract: Contract, before: Graph, after: Graph) -> Iterator[Breach]:
     """The effective weight, bias or other constant of every op, as the contract allows them to move."""
     was = {site.name: arguments(site.node) for site in before.sites()}
+    moved = []
     for site in after.sites():
         if is_constant(site.node):
             continue
@@ -55,9 +57,16 @@ def stored(contract: Contract, before: Graph, after: Graph) -> Iterator[Breach]:
             if not (isinstance(old, fx.Node) and isinstance(new, fx.Node) and is_constant(old) and is_constant(new)):
                 continue
             if not _same(before, old, after, new):
-                values = evaluate_constant(before, old), evaluate_constant(after, new)
-                yield from _apart(contract, site, title(site.node, place), *values)
-                yield from _unfaithful(site, old, new, *values)
+                moved.append((site, place, old, new))
+
+    def compared(one: tuple[Site, str, fx.Node, fx.Node]) -> list[Breach]:
+        site, place, old, new = one
+        values = evaluate_constant(before, old), evaluate_constant(after, new)
+        return [*_apart(contract, site, title(site.node, place), *values), *_unfaithful(site, old, new, *values)]
+
+    on_host = after.device.type == "cpu"
+    for found in worked_ahead(compared, moved, None if on_host else 1):
+        yield from found
 
 
 def _same(before: Graph, old: Any, after: Graph, new: Any) -> bool:
@@ -90,8 +99,8 @@ def _unfaithful(site: Site, old: fx.Node, new: fx.Node, was: Tensor, now: Tensor
     packed = _packed(site.graph, new)
     if old.op != "get_attr" or packed is None or was.shape != now.shape:
         return
-    form, largest = format_of(packed), max(abs(float(x)) for x in was.aminmax())
-    cut = form.by_row(packed_tensors(site.graph, packed))
+    form, sides = held(site.graph, packed)
+    cut, largest = form.by_row(sides), max(abs(float(x)) for x in was.aminmax())
     rounding = max(torch.finfo(dtype).eps for dtype in (packed.value.dtype, new.meta["val"].dtype, torch.float32))
     for part in chunks(was):
         rows, got = was[part].float(), now[part].float()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qc import cli_looking
-from qc.cli_options import RUNS, Json, RecipeArg, RunArg, Runs, Set
+from qc.cli_options import RUNS, ArtifactArg, Batch, Batches, Json, Length, RecipeArg, RunArg, Runs, Set, Text
 from qc.packages import expect_own_packages
 
 app = typer.Typer(
@@ -63,7 +63,12 @@ def train(run: RunArg = None, runs: Runs = RUNS, json: Json = False) -> None:
 def export(
     run: RunArg = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="The runtime to write for: safetensors, ane, gguf or ternary.")
+        str,
+        typer.Option(
+            "--target",
+            "-t",
+            help="safetensors, ane, gguf, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
+        ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
     out: Annotated[
@@ -78,6 +83,13 @@ def export(
     prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
     kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
     chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="fp8: channel, tensor, block or static.")] = None,
+    weight_only: Annotated[
+        bool | None, typer.Option("--weight-only", help="fp8, nvfp4, mxfp8, mxfp4, int8: leave inputs as they are.")
+    ] = None,
+    dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4: compressed-tensors, modelopt or hf.")] = None,
+    group: Annotated[int | None, typer.Option(help="int4: weights that share a scale, 32, 64 or 128.")] = None,
+    calibration: Annotated[int | None, typer.Option(help="fp8 static, nvfp4: tokens to find input ranges on.")] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -85,6 +97,8 @@ def export(
     from qc.commands import export_command
 
     options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
+    options |= {"scheme": scheme, "weight_only": weight_only, "dialect": dialect, "group": group}
+    options |= {"calibration": calibration}
     export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 
@@ -166,17 +180,15 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    artifact: Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="An artifact or a run.")] = None,
+    artifact: ArtifactArg = None,
     reference: Annotated[
         str | None,
         typer.Option(help="A model folder or artifact to compare with; without it, the model it was made of."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="python-stdlib, or a glob of text files; without it, the recipe's.")
-    ] = None,
-    batches: Annotated[int, typer.Option(help="Batches to read.")] = 16,
-    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    data: Text = None,
+    batches: Batches = 16,
+    batch: Batch = 8,
+    length: Length = 128,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from graph.errors import QcError, QcErrors
-from qc.runs import Run, code_digest, identity, link_tree, write_text
+from qc.models import DTYPES as DTYPES
+from qc.models import ONLY, Workshop, capture_all, models_of, named, source_of, tokenizers
+from qc.runs import Run, code_digest, link_tree, texts, write_text
 from recipes.schema import PassStep, Recipe, Stage
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Tell = Callable[[str], None]
 
@@ -64,70 +64,85 @@ def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
         else next(s["passes"] for s in resolved["stages"] if s["name"] == stage.name)
     )
     source = (
-        identity(str(recipe.model))
-        if parent is None
-        else hashlib.sha256((parent / "manifest.json").read_bytes()).hexdigest()
+        source_of(recipe) if parent is None else hashlib.sha256((parent / "manifest.json").read_bytes()).hexdigest()
     )
-    return hashlib.sha256(json.dumps([passes, recipe.dtype, recipe.seed, source, code_digest()]).encode()).hexdigest()[
-        :24
-    ]
+    content = [passes, recipe.dtype, recipe.seed, source, code_digest(), *texts(recipe, [stage])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _compile(
     folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell, texts_in: Path
 ) -> None:
-    import torch
-
     import qc
-    from graph import capture
     from graph.artifact import load, load_tokenizer, save
-    from graph.checkpoint import locate
     from recipes.lock import text as lock_text
 
-    _expect_one_model(recipe)
+    memory_tokenizer: Path | None
     if parent is None:
-        graph, tokenizer, parent_digest = (
-            capture(str(recipe.model), dtype=getattr(torch, DTYPES[recipe.dtype])),
-            locate(str(recipe.model)),
-            None,
-        )
-        tell(f"{stage_name(stage)}captured {recipe.model}: {len(graph.sites())} ops, {graph.blocks} blocks")
+        workshop, (tokenizer, memory_tokenizer), parent_digest = Workshop(capture_all(recipe)), tokenizers(recipe), None
+        for name, graph in workshop.graphs.items():
+            model = f"{name} " if name else ""
+            tell(f"{stage_name(stage)}captured {model}{_model(recipe, name)}: {_size(graph)}")
     else:
         artifact = load(parent)
-        graph, tokenizer, parent_digest = artifact.graph, artifact.tokenizer or parent, artifact.digest
-    texts = {
+        workshop, parent_digest = Workshop({ONLY: artifact.graph}), artifact.digest
+        tokenizer, memory_tokenizer = artifact.tokenizer or parent, artifact.memory_tokenizer
+    written = {
         "recipe.yaml": recipe.file.read_text(),
         "recipe.lock.yaml": lock_text(recipe),
-        "passes/00-start.txt": f"{graph}\n",
+        "passes/00-start.txt": str(workshop),
     }
-    read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, str(recipe.model)))
-    reports = _rewrite(graph, recipe, stage, read, check, tell, texts)
+    read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
+    reports = _rewrite(workshop, recipe, stage, read, check, tell, written)
     about = {
-        "kind": "compiled", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name, "reports": reports,
-        "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": identity(str(recipe.model)),
+        "kind": "compiled", "model": named(recipe), "recipe": recipe.name, "stage": stage.name, "reports": reports,
+        "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": source_of(recipe),
     }  # fmt: skip
-    save(folder, graph, texts=texts, tokenizer=tokenizer, parent=parent_digest, about=about)
+    save(
+        folder, workshop.graph, texts=written, tokenizer=tokenizer, memory_tokenizer=memory_tokenizer,
+        parent=parent_digest, about=about,
+    )  # fmt: skip
+
+
+def _model(recipe: Recipe, name: str) -> str:
+    return recipe.models[name].model if recipe.models else str(recipe.model)
+
+
+def _size(graph: Any) -> str:
+    return f"{len(graph.sites())} ops, {graph.blocks} blocks"
 
 
 def _rewrite(
-    graph: Any, recipe: Recipe, stage: Stage, read: Reader, check: bool, tell: Tell, texts: dict[str, str]
+    workshop: Workshop, recipe: Recipe, stage: Stage, read: Reader, check: bool, tell: Tell, texts: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Run the passes of a stage; their reports. The graph behind each goes into ``texts``."""
+    """Run the passes of a stage; their reports. The graphs behind each go into ``texts``."""
     import torch
 
-    from passes.runner import apply
+    from passes.runner import apply, link
 
     reports = []
     sizes = {"batch": recipe.probe.batch, "length": recipe.probe.length}
-    for number, step in enumerate(stage.passes, 1):
+
+    folders = {name: one.model for name, one in models_of(recipe).items()}
+
+    def ready(step: PassStep) -> Any:
+        return step.step.reading(read).knowing(folders)
+
+    def rewrite(step: PassStep, graph: Any) -> Any:
         torch.manual_seed(recipe.seed)
+        return run_step(step, lambda s: apply(ready(s), graph, check=check, line=s.line, **sizes))
+
+    def join(step: PassStep, graphs: Any) -> Any:
+        return run_step(step, lambda s: link(s.step, graphs, check=check, line=s.line, **sizes))
+
+    for number, step in enumerate(stage.passes, 1):
         start = time.perf_counter()
-        report = run_step(step, lambda s: apply(s.step.reading(read), graph, check=check, line=s.line, **sizes))
-        reports.append(
-            {"pass": step.kind, "name": step.name, "seconds": round(time.perf_counter() - start, 3), **asdict(report)}
-        )
-        texts[f"passes/{number:02}-{step.name}.txt"] = f"{graph}\n"
-        tell(f"{stage_name(stage)}{step.name}: {len(report.changed)} sites{_figures(report.figures)}")
+        for name, report in workshop.do(step, rewrite, join).items():
+            entry = {"pass": step.kind, "name": step.name, **({"on": name} if name else {})}
+            reports.append({**entry, "seconds": round(time.perf_counter() - start, 3), **asdict(report)})
+            label = f"{step.name} on {name}" if name else step.name
+            tell(f"{stage_name(stage)}{label}: {len(report.changed)} sites{_figures(report.figures)}")
+        texts[f"passes/{number:02}-{step.name}.txt"] = str(workshop)
     return reports
 
 
@@ -146,11 +161,6 @@ def _reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader
             yield {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
 
     return read
-
-
-def _expect_one_model(recipe: Recipe) -> None:
-    if recipe.models is not None:
-        raise QcError("a recipe of several models cannot be compiled yet", line=str(recipe.file), fix="give one model:")
 
 
 def run_step(step: PassStep, action: Callable[[PassStep], Any]) -> Any:
@@ -184,10 +194,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _dry(graph: Any) -> Callable[[PassStep], Any]:
-    from passes.runner import apply
+def _dry_run(workshop: Workshop, step: PassStep, folders: dict[str, str]) -> None:
+    from passes.runner import apply, link
 
-    return lambda step: apply(step.step, graph, check=False, line=step.line)
+    workshop.do(
+        step,
+        lambda s, graph: run_step(s, lambda one: apply(one.step.knowing(folders), graph, check=False, line=one.line)),
+        lambda s, graphs: run_step(s, lambda one: link(one.step, graphs, check=False, line=one.line)),
+    )
 
 
 def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
@@ -195,35 +209,27 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
 
     ``until`` is the last stage to take part; without it, all do.
     """
-    import torch
-
-    from graph import capture
-    from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
     from runtimes.export import obstacles
 
-    _expect_one_model(recipe)
     errors: list[QcError] = []
     stages = _stages(recipe, until)
-    folder = locate(str(recipe.model))
-    dtype = getattr(torch, DTYPES[recipe.dtype])
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    if has_weights:
-        weight_files(folder)
-        open_checkpoint(str(folder))
-    graph = capture(read_config(folder), dtype=dtype)
+    workshop, folders = Workshop(capture_all(recipe, plan=True)), {n: m.model for n, m in models_of(recipe).items()}
     for stage in stages:
         for step in stage.passes:
-            before = graph.copy()
+            before = workshop.copy()
             try:
-                run_step(step, _dry(graph))
+                _dry_run(workshop, step, folders)
             except QcErrors as found:
                 errors += found.errors
-                graph = before
+                workshop = before
             except QcError as error:
                 errors.append(error)
-                graph = before
-        errors += [error for wanted in stage.export for error in obstacles(wanted.target, graph, wanted.options())]
-    return graph, errors
+                workshop = before
+        if len(workshop.graphs) > 1 and errors:
+            break  # what should have joined them is among the mistakes
+        for wanted in stage.export:
+            errors += obstacles(wanted.target, workshop.graph, wanted.numbers, wanted.options())
+    return next(iter(workshop.graphs.values())) if errors else workshop.graph, errors
 
 
 def _stages(recipe: Recipe, until: str | None) -> tuple[Stage, ...]:

@@ -16,6 +16,7 @@ from qc.measuring import folder_bytes
 from qc.runs import Run, find_artifact, find_run
 from recipes.schema import Recipe, Stage
 from recipes.settings import Export
+from runtimes.export import homes_of, options_of
 
 Tell = Callable[[str], None]
 
@@ -24,9 +25,9 @@ def export_stage(
     run: Run, stage: Stage, wanted: Export, artifact: Path, tell: Tell, verify: bool = True
 ) -> dict[str, Any]:
     """Export an artifact, load that back in a fresh process, compare; what was exported before is checked again."""
-    folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
+    folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
     found = export_artifact(artifact, wanted, folder, tell, verify)
-    run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
+    run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
     return found
 
 
@@ -46,7 +47,7 @@ def export_artifact(
         report = find(wanted.target)(
             loaded.graph,
             folder,
-            dtype=wanted.dtype,
+            dtype=wanted.numbers,
             max_shard=_bytes_of(wanted.max_shard_size),
             tokenizer=loaded.tokenizer,
             force=force,
@@ -100,19 +101,17 @@ def export_newest(
     _check(target, dtype, options or {})
     asked: dict[str, Any] = {key: value for key, value in (options or {}).items() if value is not None}
     if given is not None and (Path(given) / "manifest.json").is_file():
-        wanted = Export(target=target, dtype=dtype or "fp16", **asked)  # type: ignore[arg-type]
-        folder = out or Path(given).parent / f"export-{target}-{wanted.dtype}"
+        wanted = Export(target=target, dtype=dtype, **asked)  # type: ignore[arg-type]
+        folder = out or Path(given).parent / f"export-{target}-{wanted.numbers}"
         return export_artifact(Path(given), wanted, folder, tell, verify, force)
     run = find_run(given, runs)
     recipe = run.recipe()
     stage, artifact = finish_passes(run, recipe, tell)
-    said = next(
-        (e for s in recipe.plan() for e in s.export if e.target == target and (dtype is None or e.dtype == dtype)), None
-    )
-    wanted = replace(said or Export(target=target, dtype=dtype or "fp16"), **asked)  # type: ignore[arg-type]
-    folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.dtype}"
+    said = next((e for s in recipe.plan() for e in s.export if e.target == target and dtype in (None, e.numbers)), None)
+    wanted = replace(said or Export(target=target, dtype=dtype), **asked)  # type: ignore[arg-type]
+    folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
     found = export_artifact(artifact, wanted, folder, tell, verify, force)
-    run.measure(step_name(stage, f"export {wanted.target} {wanted.dtype}"), **found)
+    run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
     return found
 
 
@@ -121,9 +120,12 @@ def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:
     if dtype is not None and dtype not in ("fp16", "bf16", "fp32"):
         raise QcError(f"{dtype!r} is no dtype to export", fix="use fp16, bf16 or fp32")
     given = [key for key, value in options.items() if value is not None]
-    if given and target != "ane":
-        raise QcError(f"--{given[0]} belongs to the target ane", fix=f"take --{given[0]} out, or add --target ane")
-    for key, least in (("context", 1), ("prefill", 0), ("chunks", 1)):
+    foreign = next((key for key in given if key not in options_of(target)), None)
+    if foreign is not None:
+        flag, homes = foreign.replace("_", "-"), homes_of(foreign)
+        fix = f"take --{flag} out" + (f", or add --target {homes.split()[1]}" if homes.startswith("target ") else "")
+        raise QcError(f"--{flag} belongs to the {homes}", fix=fix)
+    for key, least in (("context", 1), ("prefill", 0), ("chunks", 1), ("calibration", 1)):
         value = options.get(key)
         if value is not None and value < least:
             raise QcError(f"--{key} is {value}", fix=f"give a number from {least}")

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from graph.errors import QcError
 from graph.weights import sha256
 
 if TYPE_CHECKING:
-    from recipes.schema import Recipe
+    from recipes.schema import Recipe, Stage
 
 DEFAULT = Path("runs")
 
@@ -79,7 +79,10 @@ class Run:
 
 def open_run(recipe: Recipe, overrides: Mapping[str, object] | Sequence[str], root: Path = DEFAULT) -> Run:
     """The run folder of a recipe, made if it is new, and from now on the latest."""
-    key = hashlib.sha256(json.dumps([recipe.digest(), identity(str(recipe.model)), code_digest()]).encode()).hexdigest()
+    from qc.models import source_of
+
+    content = [recipe.digest(), source_of(recipe), code_digest(), *texts(recipe, recipe.plan())]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     run = Run(root / recipe.name / key[:12])
     about = {
         "recipe": str(recipe.file), "digest": recipe.digest(), "key": key,
@@ -158,6 +161,16 @@ def identity(model: str) -> str:
     lines = [f"{p.name} {remembered.sha256(p)}" for p in wanted]
     remembered.keep()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def texts(recipe: Recipe, stages: Sequence[Stage]) -> Iterator[str]:
+    """What the passes of these stages read besides the model: a hash of each text, as its files are now."""
+    for step in (step.step for stage in stages for step in stage.passes):
+        for option in fields(step):
+            if option.metadata.get("data"):
+                from runtimes.data.corpus import Corpus
+
+                yield Corpus(getattr(step, option.name), recipe.file.parent).digest()
 
 
 class _Remembered:

@@ -60,4 +60,4 @@ def _of_export(folder: Path, mode: str) -> Generator:
 
     decoder = Decoder(folder, mode)
     tokenizer = load_tokenizer(folder, f"the export {folder}")
-    return Generator(decoder, tokenizer, eos=ends({}, tokenizer, folder))
+    return Generator(decoder, tokenizer, eos=ends({"eos_token_id": decoder.meta.eos}, tokenizer, folder))

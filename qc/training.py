@@ -13,6 +13,7 @@ from graph.artifact import load, save
 from graph.errors import QcError
 from qc.caching import with_cache
 from qc.compiling import stage_name, step_name, versions
+from qc.models import named
 from qc.runs import Run, link_tree
 from recipes.schema import Recipe, Stage
 
@@ -33,6 +34,9 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     start = time.perf_counter()
     graph = compiled.graph.materialize()
     taught = stage.train.objective.name == "kd" or stage.train.layerwise is not None
+    if taught and recipe.models:
+        what = f"{stage.train.objective.name} needs one model as the teacher, and the recipe has several"
+        raise QcError(what, line=str(recipe.file), fix="set objective to causal-lm, and take layerwise out")
     teacher = start_of(str(recipe.model), compiled.graph.dtype) if taught else None
     settings = with_cache(stage.train, recipe, run.folder.parent.parent, tell)
     report = train(
@@ -42,13 +46,16 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     )  # fmt: skip
     if _first_process():
         about = {
-            "kind": "trained", "model": str(recipe.model), "recipe": recipe.name, "stage": stage.name,
+            "kind": "trained", "model": named(recipe), "recipe": recipe.name, "stage": stage.name,
             "train": {"steps": report.steps, "tokens": report.tokens, "last_loss": report.last_loss},
             "seed": recipe.seed, "versions": versions(),
             "source": compiled.manifest.get("source"), "reports": compiled.manifest.get("reports", []),
         }  # fmt: skip
         texts = {name: (compiled.folder / name).read_text() for name in compiled.manifest["files"] if _carried(name)}
-        save(folder / "trained", graph, texts=texts, tokenizer=compiled.tokenizer, parent=compiled.digest, about=about)
+        save(
+            folder / "trained", graph, texts=texts, tokenizer=compiled.tokenizer,
+            memory_tokenizer=compiled.memory_tokenizer, parent=compiled.digest, about=about,
+        )  # fmt: skip
         figures = {"train/loss": report.last_loss, "eval/loss": report.eval_loss, "tokens": report.tokens}
         run.measure(step_name(stage, "trained"), seconds=time.perf_counter() - start, **figures)
     _wait()

@@ -67,6 +67,7 @@ def _check_model(root: Node, mistakes: Mistakes) -> None:
 class _Reader:
     def __init__(self, root: Node, mistakes: Mistakes) -> None:
         self.root, self.mistakes = root, mistakes
+        self.joined = False
         self.steps = Steps(mistakes)
         self.steps.reserve([work.map["passes"] for work in workers(root) if "passes" in work.map])
 
@@ -108,7 +109,7 @@ class _Reader:
             checks.check_train(train, node.map["train"], self.mistakes)
             checks.check_cached(train, node.map["train"], self.root.map.get("cache"), self.mistakes)
         self.check_groups(node)
-        checks.check_models(node, self.root.map.get("models"), self.mistakes)
+        self.joined = checks.check_models(node, self.root.map.get("models"), self.joined, self.mistakes)
         checks.check_evaluate(node, self.root.map.get("cache"), self.mistakes)
         gates = self.many(Gate, node, "require", "gate")
         for gate, at in gates:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
+from graph.errors import QcError
+from passes import registry
 from recipes.document import Node
 from recipes.metrics import EVALUATED, EXPORTED, LOOKED, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
-from recipes.settings import ANE_OPTIONS, Gate
+from recipes.settings import EXPORT_OPTIONS, Gate
+from runtimes.export import default_dtype, homes_of, options_of
+from runtimes.export import targets as export_targets
 from runtimes.settings import Evaluate, Group, KdCache, Train
 
 COMPARED = ("<", "<=", ">", ">=", "==")
@@ -108,14 +112,21 @@ def _check_group(name: str, group: Group, steps: int, node: Node, mistakes: Mist
         mistakes.add(node.map["start_step"].place, what, f"write less than {steps}")
 
 
-def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
-    """Every pass rewrites a model that exists; with several models, it says which."""
+def check_models(work: Node, models: Node | None, joined: bool, mistakes: Mistakes) -> bool:
+    """Every pass rewrites a model that exists; of several, it says which, until a pass makes one graph of them.
+
+    ``joined`` is whether one did before; returned is whether one has by now.
+    """
     known = list(models.map) if models else []
     for step in work.map["passes"].list if "passes" in work.map else ():
         on = step.map.get("on")
         kind = next((key for key in step.map if key not in ("name", "on")), "this pass")
-        if on is None:
-            if len(known) > 1:
+        if links(kind):
+            joined = True
+            if on is not None:
+                mistakes.add(on.key, f"on: {on.value}, but {kind} joins models", "take on: out")
+        elif on is None:
+            if len(known) > 1 and not joined:
                 what = f"{kind} does not say which model it rewrites"
                 mistakes.add(step.map[kind].key if kind in step.map else step.place, what, f"add on: {known[0]}")
         elif not isinstance(on.value, str):
@@ -124,6 +135,18 @@ def check_models(work: Node, models: Node | None, mistakes: Mistakes) -> None:
             mistakes.add(on.key, f"on: {on.value}, but the recipe has one model", "take on: out, or name models:")
         elif on.value not in (*known, "*"):
             mistakes.add(on.place, f"no model is called {on.value!r}", suggest(on.value, known, "the models are"))
+        elif joined and on.value != "*":
+            fix = f"take on: out, and select {{name: '{on.value}.*'}} where it matters"
+            mistakes.add(on.key, f"on: {on.value}, but the models are one graph by now", fix)
+    return joined
+
+
+def links(kind: str) -> bool:
+    """Whether the pass of this name makes one graph of several."""
+    try:
+        return registry.find(kind).links
+    except QcError:  # told when the step is read
+        return False
 
 
 def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
@@ -188,10 +211,11 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
     seen: dict[str, Node] = {}
     for node in exports.list:
         target = str(node.map["target"].value if "target" in node.map else "")
-        dtype = node.map["dtype"].value if "dtype" in node.map else "fp16"
-        for key in ANE_OPTIONS if target in ("safetensors", "gguf", "ternary") else ():
-            if key in node.map and node.map[key].value is not None:
-                mistakes.add(node.map[key].key, f"{key} belongs to the target ane", f"take {key} out")
+        said = node.map["dtype"].value if "dtype" in node.map else None
+        dtype = said if said is not None else default_dtype(target)
+        for key in EXPORT_OPTIONS if target in export_targets() else ():
+            if key in node.map and node.map[key].value is not None and key not in options_of(target):
+                mistakes.add(node.map[key].key, f"{key} belongs to the {homes_of(key)}", f"take {key} out")
         if target == "ane" and dtype not in ("fp16", None):
             what = f"the Neural Engine computes in fp16, not {dtype}"
             mistakes.add(node.map["dtype"].place, what, "set dtype to fp16, or take it out")

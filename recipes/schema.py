@@ -26,6 +26,12 @@ class Model:
     model: Text
     """A folder relative to the recipe, hf:org/name, or seedling for the model that comes with qc."""
 
+    kind: Literal["causal-lm", "encoder"] | None = None
+    """What it is taken as: of a language model, an encoder is all but the head. Without it, what it was made for."""
+
+    attention: Literal["causal", "bidirectional"] | None = None
+    """Whether a token sees those behind it; without it, as the model was trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Header:

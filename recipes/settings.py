@@ -12,6 +12,8 @@ from pydantic import Field
 
 from recipes.metrics import MetricName
 from recipes.numbers import Count, Natural, Text
+from runtimes.export import ANE_OPTIONS, default_dtype, options_of
+from runtimes.serving.settings import OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,12 @@ class Gate:
 class Export:
     """Something to write for another runtime."""
 
-    target: Literal["safetensors", "ane", "gguf", "ternary"]
-    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, ternary weights
-    in a GGUF file, or ternary weights packed and as floats for transformers."""
+    target: Literal["safetensors", "ane", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4", "gguf", "ternary"]
+    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, packed weights
+    for GPU servers, ternary weights in a GGUF file, or ternary weights packed and as floats for transformers."""
 
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Dtype of the floating tensors."""
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""
 
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(KB|MB|GB)$")] = "5GB"
     """Size of the largest file, in KB, MB or GB (powers of 10): 500MB."""
@@ -70,13 +72,35 @@ class Export:
     dense_prefill: bool | None = None
     """For ane: multiply low-rank scales out in the function that reads a prompt: faster, and larger. Without it, no."""
 
+    scheme: Literal["channel", "tensor", "block", "static"] | None = None
+    """For fp8: what shares a scale of weights, a row, the weight, or 128 rows and columns; static: the weight, and
+    inputs have scales found on text. Without it, channel."""
+
+    weight_only: bool | None = None
+    """For fp8, nvfp4, mxfp8, mxfp4 and int8: leave what linears read as it is. Without it, that is rounded too."""
+
+    dialect: Literal["compressed-tensors", "modelopt", "hf"] | None = None
+    """For fp8 and nvfp4: the names and the configuration, those of compressed-tensors, of ModelOpt, or of the fp8 of
+    transformers. Without it, compressed-tensors."""
+
+    group: Literal[32, 64, 128] | None = None
+    """For int4: weights of a row that share a scale; without it, 128."""
+
+    calibration: Count | None = None
+    """For fp8 (static) and nvfp4: tokens of text on which the range of inputs is found; without it, 1024."""
+
+    @property
+    def numbers(self) -> str:
+        """Dtype of the floating tensors."""
+        return self.dtype or default_dtype(self.target)
+
     def options(self) -> dict[str, Any]:
         """What is said of the target alone, by the names of its options."""
-        return {key: getattr(self, key) for key in ANE_OPTIONS if getattr(self, key) is not None}
+        return {key: getattr(self, key) for key in options_of(self.target) if getattr(self, key) is not None}
 
 
-ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill")
-"""The fields of an export that belong to the target ane."""
+EXPORT_OPTIONS = tuple(sorted({*ANE_OPTIONS, *(option for own in OPTIONS.values() for option in own)}))
+"""The fields of an export that belong to some target."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ CASES = (
         {"scales": 1},
         ("base.lut.levels=uniform", "base.lut.fit=absmax"),
     ),
-    Case("q2a4, calibrated (quickstart)", "quickstart", {"scales": 1}),
 )
 
 
@@ -145,11 +144,10 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def verdicts(rows: dict[str, list[Found]], steps: int) -> str:
     """The sentences under the table: what a fitted start gains, and whether going through 4 bits does."""
     said = []
-    uniform, fitted, weighed = (rows.get(CASES[n].name) for n in (5, 1, 6))
-    for what, start in (("fitted", fitted), ("calibrated", weighed)):
-        if uniform and start:
-            ratio = start[0].compiled["kl"] / uniform[0].compiled["kl"]
-            said.append(f"The {what} start has {ratio:.2f} times the KL of uniform levels with absmax scales.")
+    uniform, fitted = (rows.get(CASES[n].name) for n in (5, 1))
+    if uniform and fitted:
+        ratio = fitted[0].compiled["kl"] / uniform[0].compiled["kl"]
+        said.append(f"The fitted start has {ratio:.2f} times the KL of uniform levels with absmax scales.")
     through = rows.get(CASES[4].name)
     if fitted and through:
         goals = [statistics.mean(each.losses[-10:]) for each in fitted]

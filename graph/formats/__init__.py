@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from graph.formats.activations import fake_quantize_input as fake_quantize_input
 from graph.formats.fidelity import Fidelity as Fidelity
 from graph.formats.fidelity import Tally as Tally
 from graph.formats.fidelity import fidelity as fidelity
@@ -20,9 +21,15 @@ from graph.formats.lut_format import Lut as Lut
 from graph.formats.lut_options import LutOptions as LutOptions
 from graph.formats.memory import release_freed as release_freed
 from graph.formats.rounding import rounded as rounded
+from graph.formats.scaled import Scaled as Scaled
+from graph.formats.shared import fused_weights as fused_weights
+from graph.formats.shared import shared_largest as shared_largest
 from graph.formats.stored import arguments as arguments
 from graph.formats.stored import dense_value as dense_value
 from graph.formats.stored import format_of as format_of
+from graph.formats.stored import frozen as frozen
+from graph.formats.stored import fused_with as fused_with
+from graph.formats.stored import link_fused as link_fused
 from graph.formats.stored import packed_sites as packed_sites
 from graph.formats.stored import packed_tensors as packed_tensors
 from graph.formats.stored import store_dense as store_dense
@@ -33,9 +40,25 @@ from graph.formats.ternary_format import Ternary as Ternary
 from graph.formats.ternary_rule import TernaryRule as TernaryRule
 from graph.formats.tokens import fake_quantize_tokens as fake_quantize_tokens
 
-Scheme = Literal["nf4", "fp4", "int8"]
+Scheme = Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4"]
+Share = Literal["row", "weight", "block"]
+
+_FP8: dict[Share, tuple[int, int]] = {"row": (1, 0), "weight": (0, 0), "block": (128, 128)}
+"""The rows and columns that share a scale."""
 
 
-def make_format(scheme: Scheme, *, block: int = 64, double_quant: bool = False) -> Format:
-    """The format of a recipe's ``scheme``; int8 has one scale a row and neither blocks nor double quantization."""
-    return Int8() if scheme == "int8" else FourBit(scheme, block, double_quant)
+def make_format(
+    scheme: Scheme, *, block: int = 64, double_quant: bool = False, share: Share = "row", latent: bool = False
+) -> Format:
+    """The format of a recipe's ``scheme``.
+
+    ``block`` is of nf4, fp4 and int4, ``double_quant`` of nf4 and fp4, ``share``, what has one scale, of fp8, and
+    ``latent``, float weights that are packed anew each time, of all but nf4, fp4 and int8.
+    """
+    if scheme == "int8":
+        return Int8()
+    if scheme == "nf4" or scheme == "fp4":
+        return FourBit(scheme, block, double_quant)
+    if scheme == "fp8":
+        return Scaled("fp8", *_FP8[share], latent=latent)
+    return Scaled(scheme, 1, block, latent=latent) if scheme == "int4" else Scaled(scheme, latent=latent)

@@ -18,6 +18,9 @@ CHUNK = 1 << 17
 SAMPLE = 1 << 18
 """Weights that the first levels are fitted to."""
 
+REFIT_SAMPLE = 1 << 16
+"""Weights that there are for a level when levels are refitted: more would move it by some thousandths of a step."""
+
 ENOUGH = 2e-3
 """A round that lowers the squared error by less than this share is the last."""
 
@@ -125,9 +128,13 @@ class Fit:
         """Solve for the scales of each row, for the levels, and for the columns of low-rank scales."""
         luts, n = self.levels.shape
         below, above = torch.zeros(2, luts, n, dtype=torch.float64, device=self.w.device)
+        share, at_once = self.w.shape[0] // luts, max(1, CHUNK // self.w.shape[1])
+        every = max(1, share * self.w.shape[1] // (n * REFIT_SAMPLE))
         for lut, part in self._parts():
             w = self._rows(part)
             self.scales.solve_rows(part, w, self._picked(lut, part), self.moments)
+            if part.start % share // at_once % every:
+                continue
             s = self.scales.of(part)
             weighted = s if self.moments is None else s * self.moments
             at = self.indices[part].view(-1)

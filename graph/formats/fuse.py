@@ -11,6 +11,7 @@ Values and gradients are bit-identical. Artifacts hold the form before; the trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, fx
 from torch.nn.functional import linear
 
 from graph.core import Graph
+from graph.formats.format import has_data
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.formats.lut_linear import linear_fake_lut, linear_lut
+from graph.formats.scaled import Kind, Scaled, dequantize_scaled, largest_of, nearest
 from graph.formats.ternary_linear import linear_fake_ternary, linear_ternary
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
@@ -61,13 +64,88 @@ def linear_int8(x: Tensor, indices: Tensor, scale: Tensor, dtype: torch.dtype, b
     return linear_dequantized(x, bias, dense, indices, scale)
 
 
+@op
+def linear_scaled(
+    x: Tensor,
+    indices: Tensor,
+    scale: Tensor,
+    kind: Kind,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x`` times a weight of codes and scales, which is unpacked for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``dequantize_scaled``  ->  [..., out]
+    """
+
+    def dense(indices: Tensor, scale: Tensor, divisor: Tensor | None) -> Tensor:
+        return dequantize_scaled(indices, scale, kind, dtype, divisor)
+
+    return linear_dequantized(x, bias, dense, indices, scale, global_scale)
+
+
+@op
+def linear_fake_scaled(
+    x: Tensor,
+    latent: Tensor,
+    kind: Kind,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype = torch.float32,
+    fused: list[Tensor | float] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x`` times a latent weight as it would be packed, which is found for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``fake_quantize_scaled``  ->  [..., out]
+    """
+    form = Scaled(kind, rows, columns, scale_dtype)
+    if fused and kind == "nvfp4" and has_data(latent):
+        form = replace(form, largest=largest_of([latent, *fused]))
+    return _LinearFakeScaled.apply(x, latent, bias, form, dtype)
+
+
+class _LinearFakeScaled(torch.autograd.Function):
+    """Keeps the latent weight, which is there anyway; the gradient of the packed one is that of the latent."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        latent: Tensor,
+        bias: Tensor | None,
+        form: Scaled,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, latent)
+        ctx.form, ctx.dtype, ctx.bias_dtype = form, dtype, None if bias is None else bias.dtype
+        return linear(x, nearest(form, latent, dtype).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, latent = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        d_x = d_latent = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (grad @ nearest(ctx.form, latent, ctx.dtype).to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            d_latent = (flat.t() @ x.flatten(0, -2).to(grad.dtype)).to(latent.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = flat.sum(0).to(ctx.bias_dtype)
+        return d_x, d_latent, d_bias, None, None
+
+
 FUSED: dict[str, Callable[..., Tensor]] = {
     "qc.dequantize_4bit": linear_4bit,
     "qc.dequantize_int8": linear_int8,
+    "qc.dequantize_scaled": linear_scaled,
     "qc.dequantize_lut": linear_lut,
     "qc.fake_quantize_lut": linear_fake_lut,
     "qc.dequantize_ternary": linear_ternary,
     "qc.fake_quantize_ternary": linear_fake_ternary,
+    "qc.fake_quantize_scaled": linear_fake_scaled,
 }
 """The op that takes in each unpacking op: ``x``, that op's arguments, ``bias``."""
 

@@ -19,7 +19,7 @@ from graph.formats.low_rank import ROUNDS, Fitted, fit_scales
 from graph.formats.lut_format import Lut
 from graph.formats.lut_levels import in_order
 from graph.formats.lut_scales import SHORTEST, not_positive, scale_factors
-from graph.formats.lut_weight import LatentWeight, PackedWeight
+from graph.formats.lut_weight import LatentWeight, PackedWeight, level_starts
 from graph.formats.row_scales import LowRankScales
 from graph.formats.scales import expand_rank, normal_form
 
@@ -113,7 +113,7 @@ def requantized(form: Lut, packed: Packed, *, levels: int, rank: int, refit_scal
     here = Fitted(packed["lut"].detach().float(), packed["indices"], a=a / length_a, g=g, b=b / length_b[:, None])
     found = _refit(form, w, levels, here, rounds=0)  # the levels; scales as they are
     if rank > form.rank:
-        q = found.levels.index_select(0, found.indices.int().view(-1)).view(w.shape) if has_data(g) else w
+        q = _levels(found, w.shape[0]) if has_data(g) else w
         wider_a, wider_g, wider_b = expand_rank(w, q, *_parts(found), rank)
         found = replace(found, a=wider_a, g=wider_g, b=wider_b)
     if refit_scales:
@@ -128,7 +128,22 @@ def requantized(form: Lut, packed: Packed, *, levels: int, rank: int, refit_scal
 def _refit(form: Lut, w: Tensor, levels: int, start: Fitted, rounds: int) -> Fitted:
     rank = _parts(start)[1].shape[0]
     symmetric, zero_free = form.symmetric, form.zero_free
-    return fit_scales(w, levels, rank=rank, start=start, rounds=rounds, symmetric=symmetric, zero_free=zero_free)
+    return fit_scales(
+        w,
+        levels,
+        rank=rank,
+        start=start,
+        rounds=rounds,
+        rows_per_lut=form.rows_per_lut,
+        symmetric=symmetric,
+        zero_free=zero_free,
+    )
+
+
+def _levels(found: Fitted, rows: int) -> Tensor:
+    """The level of every index, f32 [out, in]."""
+    at = found.indices.int() + level_starts(found.levels, rows, slice(0, rows))
+    return found.levels.reshape(-1).index_select(0, at.view(-1)).view(found.indices.shape)
 
 
 def _parts(found: Fitted) -> tuple[Tensor, Tensor, Tensor]:

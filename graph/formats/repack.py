@@ -11,7 +11,7 @@ from graph.core import Graph
 from graph.formats.format import Format
 from graph.formats.lut_format import Lut
 from graph.formats.lut_levels import derive_levels, plain_levels
-from graph.formats.stored import arguments, weight_name
+from graph.formats.stored import arguments, fused_with, unlink_fused, weight_name
 from graph.ops import op_name
 from graph.sites import Site, node_name, set_tag
 
@@ -24,8 +24,9 @@ def repack(graph: Graph, site: Site, form: Format, packed: Mapping[str, Tensor])
     """
     trained = plain_levels(graph, site)
     name, node, before = weight_name(site), site.node, site.name
-    old = {str(arg.target).removeprefix(f"{name}."): arg for arg in node.all_input_nodes if arg.op == "get_attr"}
-    assert len(old) == len(node.all_input_nodes), f"{site.name} computes what it unpacks"
+    assert all(arg.op == "get_attr" for arg in node.all_input_nodes), f"{site.name} computes what it unpacks"
+    own = [arg for arg in node.all_input_nodes if str(arg.target).startswith(f"{name}.")]
+    old = {str(arg.target).removeprefix(f"{name}."): arg for arg in own}
     model = graph.info(str(site.input(0).target))
     nodes: dict[str, fx.Node] = {}
     for suffix, value in packed.items():
@@ -41,12 +42,16 @@ def repack(graph: Graph, site: Site, form: Format, packed: Mapping[str, Tensor])
     node.target, node.args, node.kwargs = target, args, kwargs
     set_tag(node, site=f"{name}/{'fake_quantize' if 'latent' in packed else 'dequantize'}")
     graph.shapes.type_call(node)
+    others = []
+    if "latent" in old.keys() - packed.keys():
+        others = [site.name for site in fused_with(graph, name)]
+        unlink_fused(graph, name)
     graph.module.graph.eliminate_dead_code()
     for suffix in old.keys() - packed.keys():
         graph.remove_tensor(f"{name}.{suffix}")
     if isinstance(form, Lut) and form.theta:
         derive_levels(graph, Site(graph, node), trained)
-    return list(dict.fromkeys([before, Site(graph, node).name, *_readers(node)]))
+    return list(dict.fromkeys([before, Site(graph, node).name, *_readers(node), *others]))
 
 
 SCALES = ("scale", "scale_a", "scale_b", "scale_g")

@@ -11,7 +11,7 @@ Every reader of the weight follows, so tied weights stay one tensor with two rea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +24,15 @@ from graph.formats.four_bit import FourBit, dequantize_4bit
 from graph.formats.int8 import Int8, dequantize_int8
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_format import Lut
+from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled, format_of_scaled, largest_of
 from graph.formats.ternary import dequantize_ternary, fake_quantize_ternary
 from graph.formats.ternary_format import Ternary
 from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
-UNPACKING = (dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary)
-FAKING = (fake_quantize_lut, fake_quantize_ternary)
+UNPACKING = (dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary, dequantize_scaled)
+FAKING = (fake_quantize_lut, fake_quantize_ternary, fake_quantize_scaled)
 
 DEQUANTIZE = tuple(map(op_name, (*UNPACKING, *FAKING)))
 """The ops that unpack, and those that compute what packing and unpacking would give."""
@@ -71,6 +72,13 @@ def format_of(site: Site) -> Format:
     """The format that ``site`` unpacks."""
     if site.op == "qc.dequantize_int8":
         return Int8()
+    if site.op == "qc.dequantize_scaled":
+        given = arguments(site)
+        return format_of_scaled(given["kind"], given["indices"].meta["val"], given["scale"].meta["val"])
+    if site.op == "qc.fake_quantize_scaled":
+        given = arguments(site)
+        scale_dtype = given.get("scale_dtype", torch.float32)
+        return Scaled(given["kind"], given["rows"], given["columns"], scale_dtype, latent=True)
     if site.op in ("qc.dequantize_lut", "qc.fake_quantize_lut"):
         form = Lut.of(_stand_ins(site), site.value)
         derived = arguments(site)["lut"].op != "get_attr"
@@ -90,7 +98,54 @@ def _stand_ins(site: Site) -> dict[str, Any]:
 
 def dense_value(graph: Graph, site: Site, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [out, in] that ``site`` unpacks, in ``dtype`` or in the one it gives to the graph."""
-    return unpack(format_of(site), packed_tensors(graph, site), dtype or site.value.dtype)
+    form, packed = held(graph, site)
+    return unpack(form, packed, dtype or site.value.dtype)
+
+
+def held(graph: Graph, site: Site) -> tuple[Format, dict[str, Tensor]]:
+    """The format and the packed weight of ``site``; a latent scaled one is packed, with what it shares."""
+    form = format_of(site)
+    if isinstance(form, Scaled) and form.latent:
+        return frozen(graph, site)
+    return form, packed_tensors(graph, site)
+
+
+def frozen(graph: Graph, site: Site) -> tuple[Scaled, dict[str, Tensor]]:
+    """A latent scaled weight packed as it is now, and in which format."""
+    form, latent = format_of(site), graph.tensor(str(site.input(0).target)).detach()
+    assert isinstance(form, Scaled)
+    fused = arguments(site).get("fused") or ()
+    known = [graph.tensor(str(one.target)) if isinstance(one, fx.Node) else float(one) for one in fused]
+    form = replace(form.packing, largest=largest_of([latent, *known]) if known else None)
+    return form, form.pack(latent)
+
+
+def link_fused(graph: Graph, groups: Iterable[list[str]]) -> None:
+    """Let latent weights of each group, by name, share their global scale."""
+    holders = {weight_name(site): site for site in graph.sites("qc.fake_quantize_scaled")}
+    for group in groups:
+        for name in group:
+            node = holders[name].node
+            others = [graph.read_node(f"{other}.latent", before=node) for other in group if other != name]
+            node.kwargs = {**node.kwargs, "fused": others}
+
+
+def fused_with(graph: Graph, name: str) -> list[Site]:
+    """The sites of latent weights that share their global scale with the latent weight ``name``."""
+    latent = f"{name}.latent"
+    sites = graph.sites("qc.fake_quantize_scaled")
+    return [site for site in sites if latent in site.tensors() and weight_name(site) != name]
+
+
+def unlink_fused(graph: Graph, name: str) -> None:
+    """Before the latent weight ``name`` goes: the others that share its global scale keep its largest magnitude."""
+    latent = f"{name}.latent"
+    for site in fused_with(graph, name):
+        fused = site.node.kwargs["fused"]
+        assert isinstance(fused, (list, tuple))
+        known = largest_of([graph.tensor(latent)])
+        kept = [known if isinstance(one, fx.Node) and one.target == latent else one for one in fused]
+        site.node.kwargs = {**site.node.kwargs, "fused": kept}
 
 
 def store_packed(
@@ -139,7 +194,9 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
     name, node, info = weight_name(site), site.node, graph.info(str(site.input(0).target))
     follows = bool(tag(node, "model_dtype", False))
     aliases = tuple(map(_bare, info.aliases))
-    sides, reader, users = site.tensors(), site.input(0), list(node.users)
+    sides = [side for side in site.tensors() if side.startswith(f"{name}.")]
+    unlink_fused(graph, name)
+    reader, users = site.input(0), list(node.users)
     node.replace_all_uses_with(reader)
     graph.module.graph.erase_node(node)
     _stand_in([reader], name)

@@ -69,9 +69,7 @@ def sliced(low: Lowering, node: fx.Node) -> Value:
     source, dim, start, end, step = args
     size = _size(node, source, dim)
     begin, stop, _ = slice(start, end).indices(size)
-    if step not in (None, 1):
-        raise refuse(node, f"takes every {step}. value")
-    return cut(low, low.value(source), _feature(node, source, dim), begin, stop)
+    return cut(low, low.value(source), _feature(node, source, dim), begin, stop, 1 if step is None else int(str(step)))
 
 
 @lowers("aten.select.int")
@@ -121,16 +119,34 @@ def joined(low: Lowering, node: fx.Node) -> Value:
     return Value(low.emit.op("concat", values=[var for var, _ in views], axis=views[0][1]), features_of(node))
 
 
-def cut(low: Lowering, value: Value, feature: int, begin: int, end: int) -> Value:
-    """The values ``begin`` to ``end`` of one of the features."""
+@lowers("aten.stack")
+def stacked(low: Lowering, node: fx.Node) -> Value:
+    """Values side by side along a new feature."""
+    sources: Any = node.args[0]
+    dims = dims_of(node)
+    at = int(str(node.args[1] if len(node.args) > 1 else 0)) % len(dims)
+    axis = sum(size.isdigit() for size in dims[:at])
+    widened = [_with_one(low.value(source), axis) for source in sources]
+    views = [_along(low, value, axis) for value in widened]
+    return Value(low.emit.op("concat", values=[var for var, _ in views], axis=views[0][1]), features_of(node))
+
+
+def _with_one(value: Value, axis: int) -> Value:
+    """The same values with a feature of size 1 more."""
+    return Value(value.var, (*value.features[:axis], 1, *value.features[axis:]))
+
+
+def cut(low: Lowering, value: Value, feature: int, begin: int, end: int, step: int = 1) -> Value:
+    """The values ``begin`` to ``end`` of one of the features, or every ``step``-th of them."""
     size = value.features[feature]
-    if (begin, end) == (0, size):
+    if (begin, end, step) == (0, size, 1):
         return value
     var, axis = _along(low, value, feature)
     first, last = [0] * 4, [int(n) for n in var.shape]
     first[axis], last[axis] = begin, end
-    piece = low.emit.op("slice_by_index", x=var, begin=first, end=last)
-    left = (*value.features[:feature], end - begin, *value.features[feature + 1 :])
+    strides = {"stride": [step if i == axis else 1 for i in range(4)]} if step > 1 else {}
+    piece = low.emit.op("slice_by_index", x=var, begin=first, end=last, **strides)
+    left = (*value.features[:feature], len(range(begin, end, step)), *value.features[feature + 1 :])
     return Value(piece, left)
 
 

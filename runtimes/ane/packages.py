@@ -186,6 +186,7 @@ def meta_of(plan: Plan, host: Host, files: Sequence[str]) -> dict[str, Any]:
         "prefill": settings.prefill,
         "kv": settings.kv,
         "masks": [{"input": name, "window": _window(mask)} for mask, name in plan.masks.items()],
+        "eos": _ends(graph.config.get("eos_token_id")),
     }
     encoder = {"masks": [{"input": "mask", "window": None}]}
     kinds = sorted({name[3:] for name in plan.ropes.values()})
@@ -225,6 +226,12 @@ def _head(part: Part) -> fx.Node:
 def _vocabulary(plan: Plan) -> int:
     table = next(n for n in plan.parts[0].nodes if op_name(n.target) == "aten.embedding")
     return plan.weights[table].rows
+
+
+def _ends(named: Any) -> list[int]:
+    """The tokens that end a text: a configuration names one, several or none."""
+    listed = named if isinstance(named, (list, tuple)) else [named]
+    return [int(token) for token in listed if isinstance(token, int)]
 
 
 def _window(mask: fx.Node) -> int | None:

@@ -55,6 +55,20 @@ def unary(low: Lowering, node: fx.Node) -> Result:
     return each(low, node.args[0], lambda x: low.emit.op(kind, x=x))
 
 
+@lowers("aten.square", "aten.pow.Tensor_Scalar")
+def power(low: Lowering, node: fx.Node) -> Result:
+    """``x x``, and ``x x x``: of a squared relu, or of an activation that is spelled out."""
+    exponent = 2 if op_name(node.target) == "aten.square" else node.args[1]
+    if exponent not in (2, 3):
+        raise refuse(node, f"raises to the power {exponent}")
+
+    def form(x: Var) -> Var:
+        square = low.emit.op("mul", x=x, y=x)
+        return square if exponent == 2 else low.emit.op("mul", x=square, y=x)
+
+    return each(low, node.args[0], form)
+
+
 @lowers("aten.neg")
 def negative(low: Lowering, node: fx.Node) -> Result:
     """Times -1."""

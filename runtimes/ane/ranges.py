@@ -1,7 +1,8 @@
 """What of a graph would not fit fp16 numbers, seen on real text before anything is written.
 
 The graph runs in fp32. What is handed from op to op must stay within 65504, and what a matrix product gives within
-32768: where the engine's sums go beyond that, they come out as infinity (rule N2).
+32768: where the engine's sums go beyond that, they come out as infinity (rule N2). Packages multiply with levels and
+scales apart, so of such weights the product before its scale is looked at too: ``Q (b_k x)`` of every rank, ``Q x``.
 """
 
 from __future__ import annotations
@@ -20,16 +21,25 @@ from graph.core import Streaming
 from graph.ops import op_name, repeat_heads
 from graph.probe import vocabulary
 from graph.sites import node_name, tag
+from runtimes.ane.weights import Weight, weight_of
 from runtimes.stdlib_text import read_text, stdlib_files
 
 LARGEST = 65504.0
 PRODUCT = 32768.0
 PRODUCTS = frozenset({"aten.linear", "aten.matmul", "aten.bmm", "qc.attention", "qc.linear_lut_factored"})
+WEIGHTED = {"aten.linear": 1, "qc.linear_lut_factored": None}
+"""Linear -> which argument is its weight; None where it is its own."""
+
 STREAM = frozenset({"embed", "attn.o", "mlp.down", "block_out"})
 """Roles of what makes up the residual stream."""
 
 AT_ONCE = 128
 """Tokens of a row."""
+
+LARGEST_TOKENS = 8
+"""Of a row, the tokens with the largest values, on which products before their scale are computed."""
+
+UNSCALED = "quantize it with scale: channel or with fewer ranks, or hold it in fp16"
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,30 @@ def beyond(found: Sequence[Peak]) -> Iterator[QcError]:
         fix = f"add scale-residual: {{factor: {factor:g}}} before quantize-base"
         if not peak.stream:
             fix = "train or choose a model with smaller values here: no pass makes them smaller"
+        if peak.site.endswith(_BEFORE):
+            fix = UNSCALED
         yield QcError(what, site=peak.site, fix=fix)
+
+
+_BEFORE = "/before its scale"
+
+
+def unscaled(weight: Weight, x: Tensor) -> Tensor | None:
+    """What a convolution makes of x [tokens, columns] before its scales, the largest of each row.
+
+    None where there is nothing behind it.
+    """
+    if weight.kind == "int8":
+        values, scale, lift = weight.integers()
+        kernel = torch.from_numpy(values).float() * torch.from_numpy(scale).float()[:, None]
+        return None if lift == 1 else (x @ kernel.T).abs().amax(0)
+    if weight.kind not in ("lut", "low-rank") or not (weight.rank or weight.row_scale):
+        return None
+    indices, levels = (torch.from_numpy(part) for part in weight.table())
+    tables = levels.float().repeat_interleave(weight.rows // weight.tables, 0)
+    kernel = tables.expand(weight.rows, -1).gather(1, indices.long())
+    scales = torch.from_numpy(weight.factors()[1]).float() if weight.rank else torch.ones(1, weight.columns)
+    return torch.stack([((x * b) @ kernel.T).abs().amax(0) for b in scales]).amax(0)
 
 
 class _Watcher(Streaming):
@@ -97,10 +130,13 @@ class _Watcher(Streaming):
         self.sites = sites
         self.largest: dict[fx.Node, float] = {}
         self.scores: dict[fx.Node, float] = {}
+        self.products: dict[fx.Node, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and op_name(n.target) == "qc.attention":
             self._note(self.scores, n, self._scores(n))
+        if n.op == "call_function" and op_name(n.target) in WEIGHTED and node_name(n) in self.sites:
+            self._note_product(n)
         result = super().run_node(n)
         if isinstance(result, Tensor) and node_name(n) in self.sites and result.is_floating_point():
             self._note(self.largest, n, result)
@@ -114,6 +150,19 @@ class _Watcher(Streaming):
             yield Peak(node_name(node), stream, value, limit)
         for node, value in self.scores.items():
             yield Peak(f"{node_name(node)}/scores", False, value, PRODUCT)
+        for node, value in self.products.items():
+            yield Peak(f"{node_name(node)}{_BEFORE}", False, value, PRODUCT)
+
+    def _note_product(self, node: fx.Node) -> None:
+        """The largest products of a linear before its scales, on the tokens with the largest values."""
+        at = WEIGHTED[op_name(node.target)]
+        source = node if at is None else node.args[at]
+        assert isinstance(source, fx.Node) and isinstance(node.args[0], fx.Node)
+        x = self.env[node.args[0]].float().flatten(0, -2)
+        most = x.abs().amax(-1).topk(min(LARGEST_TOKENS, len(x))).indices
+        found = unscaled(weight_of(self.source, source, node_name(node)), x[most])
+        if found is not None:
+            self._note(self.products, node, found)
 
     def _scores(self, node: fx.Node) -> Tensor:
         """Queries times keys."""

@@ -43,9 +43,13 @@ class Encoder:
             given["hidden"] = run_part(loaded, name, given, traces=self.traces)["hidden_out"]
         return given["hidden"][0, :, 0, : len(ids)].mT
 
+    def pool(self) -> Callable[[Tensor], Tensor]:
+        """What makes one embedding [C] of hidden states [tokens, C]."""
+        return pooling(self.meta.folder)
+
     def encode(self, texts: Sequence[str], tokenizer: Any) -> Tensor:
         """Embeddings [texts, C] of length 1, pooled as the model's ``1_Pooling`` says; without it, the mean."""
-        pool = _pooling(self.meta.folder)
+        pool = self.pool()
         pooled = [pool(self.hidden(list(tokenizer(text)["input_ids"]))) for text in texts]
         return torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
 
@@ -58,9 +62,15 @@ _POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _pooling(folder: Path) -> Callable[[Tensor], Tensor]:
+def pools(folder: Path) -> bool:
+    """Whether a model says how its hidden states become an embedding."""
+    return (folder / _POOLING).is_file()
+
+
+def pooling(folder: Path) -> Callable[[Tensor], Tensor]:
+    """What ``1_Pooling`` of a model's folder asks for; without it, the mean over the tokens."""
     path = folder / _POOLING
-    if not path.is_file():
+    if not pools(folder):
         return _POOLS["pooling_mode_mean_tokens"]
     try:
         chosen = [key for key, on in json.loads(path.read_text()).items() if key.startswith("pooling_mode_") and on]

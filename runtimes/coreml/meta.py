@@ -55,6 +55,9 @@ class Meta:
     """Tokens of a block of a prompt; 0 where there is no such function."""
 
     cache: Literal["state_slice", "state_blend", "io"]
+    eos: tuple[int, ...]
+    """The tokens that end a text, by the model's configuration; there may be more in generation_config.json."""
+
     profile: dict[str, Any]
 
 
@@ -101,6 +104,7 @@ def _meta(folder: Path, data: dict[str, Any]) -> Meta:
         context=int(data["context"]) if decoder else 0,
         prefill=int(data["prefill"] or 0) if decoder else 0,
         cache=data["kv"] if decoder else "io",
+        eos=tuple(int(token) for token in data.get("eos", ())),
         profile=dict(data["profile"]),
     )
 

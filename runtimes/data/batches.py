@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,9 +31,31 @@ class Batch:
     labels: Tensor
     """int64 [rows, length]: the token to predict *at* each position, that is the next one, or ``IGNORED``."""
 
-    def to(self, device: torch.device | str) -> Batch:
+    memory_ids: Tensor | None = None
+    """int64 [rows, chunks, tokens]: what each row may look up, in the encoder's tokens; None for a plain batch."""
+
+    memory_mask: Tensor | None = None
+    """int64 [rows, chunks, tokens]: 1 is a token, 0 is padding; a row with fewer chunks has some of padding alone."""
+
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)))
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by name; memory only where there is some."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def without_memory(self) -> Self:
+        """The same, with nothing to look up."""
+        return replace(self, memory_ids=None, memory_mask=None)
+
+    def with_memory_of_the_next_row(self) -> Self:
+        """The same, each row with what belongs to the row after it: no row keeps its own, if there are two."""
+        if self.memory_ids is None or self.memory_mask is None:
+            return self
+        return replace(self, memory_ids=self.memory_ids.roll(-1, 0), memory_mask=self.memory_mask.roll(-1, 0))
 
 
 @dataclass(frozen=True)

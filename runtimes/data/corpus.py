@@ -27,6 +27,10 @@ class Corpus:
         self.sizes = {document.digest(): document.size() for document in documents(data, root)}
         self.held_out = held_out(data, self.sizes) & self.sizes.keys()
 
+    def digest(self) -> str:
+        """A hash of all documents and of which are held out."""
+        return hashlib.sha256(b"".join([*sorted(self.sizes), *sorted(self.held_out)])).hexdigest()
+
     def split(self, split: Split) -> dict[bytes, int]:
         """Digests and sizes of a split: ``train`` and ``heldout`` never share a document, ``all`` is both."""
         return {

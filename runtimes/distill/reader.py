@@ -75,7 +75,7 @@ class TaughtRows:
         used = int((whole["attention_mask"] > 0).sum(1).max())
         width = min(-(-max(used, 1) // 8) * 8, self.cache.meta.length)
         ids, mask, labels = (whole[name][:, :width].long() for name in ("input_ids", "attention_mask", "labels"))
-        return TaughtBatch(ids, mask, labels, self._targets(whole, labels))
+        return TaughtBatch(ids, mask, labels, targets=self._targets(whole, labels))
 
     def _targets(self, whole: dict[str, Tensor], labels: Tensor) -> Targets:
         valid = labels >= 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,9 +47,8 @@ class Targets:
 class TaughtBatch(Batch):
     """A batch with what a teacher says of it."""
 
-    targets: Targets
+    targets: Targets = field(kw_only=True)
 
-    def to(self, device: torch.device | str) -> TaughtBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        plain = super().to(device)
-        return TaughtBatch(plain.input_ids, plain.attention_mask, plain.labels, self.targets.to(device))
+        return replace(super().to(device), targets=self.targets.to(device))

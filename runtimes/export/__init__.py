@@ -1,5 +1,7 @@
 """Writing a graph for another runtime: each module beside this one is a target, under its own name.
 
+The formats of GPU servers share one, ``_serving``.
+
 Nothing but the standard library is imported here, so that listing the targets does not load torch.
 """
 
@@ -8,14 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from graph.errors import QcError
+from runtimes.serving.settings import BF16, OPTIONS
+from runtimes.serving.settings import TARGETS as SERVING
 
 ABOUT = "qc-export.json"
 """The file of an export that says what it is: target, dtype, and the sha256 of every other file."""
+
+
+ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill")
+"""The options of the target ane."""
+
+
+def default_dtype(target: str) -> str:
+    """The dtype of floating tensors where none is given."""
+    return "bf16" if target in BF16 else "fp16"
+
+
+def options_of(target: str) -> tuple[str, ...]:
+    """The options that a target has beside those of all."""
+    return ANE_OPTIONS if target == "ane" else OPTIONS.get(target, ())
+
+
+def homes_of(option: str) -> str:
+    """The targets that have an option, as a text names them: ``target ane``, ``targets fp8 and nvfp4``."""
+    found = [target for target in ("ane", *SERVING) if option in options_of(target)]
+    return f"target {found[0]}" if len(found) == 1 else f"targets {', '.join(found[:-1])} and {found[-1]}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +64,7 @@ class ExportReport:
 
 def targets() -> list[str]:
     """The names of all targets."""
-    return sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
+    return sorted([*SERVING, *(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))])
 
 
 def find(target: str) -> Callable[..., ExportReport]:
@@ -49,11 +74,16 @@ def find(target: str) -> Callable[..., ExportReport]:
         near = get_close_matches(target, known, n=1)
         fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
         raise QcError(f"no export target is called {target!r}", fix=fix)
-    found: Callable[..., ExportReport] = import_module(f"runtimes.export.{target}").export
-    return found
+    found: Callable[..., ExportReport] = _module(target).export
+    return partial(found, target=target) if target in SERVING else found
 
 
-def obstacles(target: str, graph: Any, options: Mapping[str, Any]) -> list[QcError]:
+def _module(target: str) -> Any:
+    return import_module(f"runtimes.export.{'_serving' if target in SERVING else target}")
+
+
+def obstacles(target: str, graph: Any, dtype: str, options: Mapping[str, Any]) -> list[QcError]:
     """What stands in the way of an export, as far as shapes tell; only some targets can say."""
-    check = getattr(import_module(f"runtimes.export.{target}"), "check", None)
-    return [] if check is None else list(check(graph, **options))
+    check = getattr(_module(target), "check", None)
+    own = {"target": target, "dtype": dtype} if target in SERVING else {}
+    return [] if check is None else list(check(graph, **own, **options))

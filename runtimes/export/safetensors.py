@@ -44,7 +44,7 @@ def export(
     into ``qc-export.json``. Everything missing is named in one go, before any work.
     """
     tensors = _prepared(graph, out, dtype, source, tokenizer, force)
-    count = _Count(DTYPES[dtype], dtype)
+    count = Counted(DTYPES[dtype], dtype)
     carried = tokenizer or source
     with replacing(out, force) as new:
         write(new, [count.entry(tensor) for tensor in tensors], stem="model", max_shard=max_shard)
@@ -73,7 +73,7 @@ def _prepared(
 
 
 @dataclass
-class _Count:
+class Counted:
     """Casts tensors on their way out, checks that they fit, and keeps count."""
 
     dtype: torch.dtype

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from graph.errors import QcError, raise_all
+from runtimes.mil.ops.index import slice_overwritten
 from runtimes.mil.ops.state import Cell
+from runtimes.mil.overwrite import alone, memory_of, release
 from runtimes.mil.package import Package
 from runtimes.mil.precision import Mode, known_mode, settled
-from runtimes.mil.prepare import Decoded, Plan, Step, computed, plain, prepare, unknown_operations
-from runtimes.mil.program import Variable
+from runtimes.mil.prepare import Decoded, Plan, Step, as_argument, computed, prepare, unknown_operations
+from runtimes.mil.program import Named, Variable
 from runtimes.mil.trace import Trace
 
 State: TypeAlias = dict[str, Cell]
@@ -67,14 +69,27 @@ class Interpreter:
             trace.note(variable.name, values[variable.name])
         with torch.inference_mode():
             for step in plan.steps:
-                results = computed(step, _arguments(step, values), self.mode)
+                results = self._computed(step, values)
                 for variable, value in zip(step.operation.outputs, results, strict=True):
                     values[variable.name] = value
                     if trace is not None:
                         trace.note(variable.name, value)
                 for name in step.drops:
                     values.pop(name, None)
-        return {name: self._output(plan, values, name) for name in plan.function.outputs}
+        outputs = {name: self._output(plan, values, name) for name in plan.function.outputs}
+        release(state or {}, list(outputs.values()))
+        return outputs
+
+    def _computed(self, step: Step, values: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The results of a step; what a state holds is changed where it lies if nobody else looks at it."""
+        arguments = _arguments(step, values)
+        if step.overwrites is None:
+            return computed(step, arguments, self.mode)
+        cell: Cell = values[step.overwrites]
+        in_place = alone(arguments["x"], cell, values, _name_of_x(step))
+        results = computed(step, arguments, self.mode, slice_overwritten if in_place else None)
+        cell.own = memory_of(results[0])
+        return results
 
     def _given(self, plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The inputs, checked, as the mode holds them."""
@@ -110,6 +125,12 @@ class Interpreter:
         return found
 
 
+def _name_of_x(step: Step) -> str:
+    (source,) = step.operation.inputs["x"]
+    assert isinstance(source, Named)
+    return source.name
+
+
 def _zeros(variable: Variable, folder: Path) -> Tensor:
     if not variable.type.static:
         raise QcError(f"{folder.name}: the state {variable.name} has no fixed shape", fix="export it again")
@@ -122,8 +143,5 @@ def _arguments(step: Step, values: Mapping[str, Any]) -> dict[str, Any]:
     arguments = dict(step.constants)
     for parameter, sources in step.live:
         found = [values[source] if isinstance(source, str) else source for source in sources]
-        if parameter.kind == "tensors":
-            arguments[parameter.name] = found
-        else:
-            arguments[parameter.name] = plain(found[0]) if parameter.kind == "value" else found[0]
+        arguments[parameter.name] = as_argument(parameter, found)
     return arguments

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graph.errors import QcError, raise_all
 from runtimes.mil.ops import KERNELS, Kernel, Parameter
+from runtimes.mil.overwrite import plan_overwrites
 from runtimes.mil.package import Package
 from runtimes.mil.precision import Mode, settled
 from runtimes.mil.program import Binding, Function, Named, Operation, Stored
@@ -43,6 +44,9 @@ class Step:
 
     drops: tuple[str, ...] = ()
     """The names that nothing reads afterwards."""
+
+    overwrites: str | None = None
+    """The state whose value it replaces, if nothing reads that value by its name afterwards."""
 
 
 @dataclass
@@ -86,6 +90,7 @@ def prepare(package: Package, function: Function, mode: Mode, decoded: Decoded) 
         else:
             _fold(plan, step, decoded, mode)
     _plan_drops(plan)
+    plan_overwrites(plan.steps)
     return plan
 
 
@@ -141,12 +146,12 @@ def _bound(package: Package, operation: Operation, kernel: Kernel, plan: Plan, w
         if parameter.name not in given:
             continue
         sources = [_source(package, binding, plan, mode) for binding in given[parameter.name]]
-        if parameter.kind != "tensors" and len(sources) != 1:
+        if parameter.kind not in ("tensors", "values") and len(sources) != 1:
             raise QcError(f"{where} has {len(sources)} values for {parameter.name}", fix=_FIX)
         if any(isinstance(s, _Live) for s in sources):
             step.live.append((parameter, [s.name if isinstance(s, _Live) else s for s in sources]))  # type: ignore[misc]
         else:
-            step.constants[parameter.name] = _as_argument(parameter, sources)
+            step.constants[parameter.name] = as_argument(parameter, sources)
     return step
 
 
@@ -162,9 +167,12 @@ def _source(package: Package, binding: Binding, plan: Plan, mode: Mode) -> _Live
     return settled(value, binding.type.dtype, mode) if isinstance(value, Tensor) else value
 
 
-def _as_argument(parameter: Parameter, sources: list[Any]) -> Any:
+def as_argument(parameter: Parameter, sources: list[Any]) -> Any:
+    """What a kernel is given for what an operation names."""
     if parameter.kind == "tensors":
         return sources
+    if parameter.kind == "values":
+        return tuple(plain(source) for source in sources)
     return sources[0] if parameter.kind == "tensor" else plain(sources[0])
 
 
@@ -202,10 +210,13 @@ def _fold(plan: Plan, step: Step, decoded: Decoded, mode: Mode) -> None:
         plan.constants[variable.name] = value
 
 
-def computed(step: Step, arguments: Mapping[str, Any], mode: Mode) -> tuple[Tensor, ...]:
-    """The results of a step, rounded as the mode asks and held against their declared types."""
+def computed(step: Step, arguments: Mapping[str, Any], mode: Mode, compute: Any = None) -> tuple[Tensor, ...]:
+    """The results of a step, rounded as the mode asks and held against their declared types.
+
+    ``compute`` stands in for the step's own function.
+    """
     try:
-        found = step.compute(**arguments)
+        found = (compute or step.compute)(**arguments)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QcError(f"{step.where} cannot be computed: {reason}", fix=_FIX) from None

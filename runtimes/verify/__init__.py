@@ -1,6 +1,7 @@
 """Does an export compute what its graph computes? An independent reader loads it in a fresh process and tells.
 
 weights    exports of weights: transformers reads them
+serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
 ternary    ternary exports: their integers are read for themselves, their floats by transformers
 packages   Core ML packages: the interpreter of runtimes/mil reads them
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graph import Graph, QcError
+from runtimes.serving.settings import TARGETS as SERVING
 from runtimes.verify.findings import Finding, Report, read_about
 
 __all__ = ["Finding", "Report", "verify"]
@@ -35,4 +37,8 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
         from runtimes.verify.packages import verify_packages
 
         return verify_packages(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target in SERVING:
+        from runtimes.verify.serving import verify_serving
+
+        return verify_serving(folder, graph, tokenizer=tokenizer, timeout=timeout)
     raise QcError(f"{folder} is written for {target!r}, which is not known", fix="verify it with the qc that wrote it")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from graph import Graph
 from graph.probe import psnr_db
+from runtimes.coreml.encoder import pooling, pools
 from runtimes.coreml.meta import Meta, read_meta
 from runtimes.generate import Generator
 from runtimes.mil import MODES
 from runtimes.sampling import Sampling
 from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
 from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens
+from runtimes.verify.similarities import ranked, sentence_rows, similarities
 
 LEAST_DB = {"fp32": 60.0, "fp16": 40.0, "ane": 40.0}
 """PSNR against the graph, by mode."""
@@ -67,7 +70,8 @@ def verify_packages(
     meta = read_meta(folder)
     rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta)
     prompts = greedy_prompts(meta, tokenizer) if meta.kind == "causal-lm" else []
-    read = _read(folder, meta, rows, prompts, timeout)
+    sentences = _sentences(meta, tokenizer)
+    read = _read(folder, meta, rows, {"prompt": prompts, "sentence": sentences}, timeout)
     if isinstance(read, str):
         return PackageVerification((files, Finding("the interpreter reads it", False, read)))
     exact = _in_fp32(graph)
@@ -77,7 +81,10 @@ def verify_packages(
     for mode in MODES:
         findings.append(_compared(mode, rows, wanted, read, numbers))
     if prompts:
-        findings.append(_greedy(exact, prompts, read, numbers["fp32/max_difference"]))
+        findings.append(_greedy(exact, prompts, read, numbers))
+    if sentences:
+        alike = similarities(partial(_hidden, exact), pooling(folder), sentences)
+        findings.append(ranked(alike, {mode: read.values[f"{mode}_similarities"] for mode in MODES}, numbers))
     findings.append(_tokenizer(read.facts["tokenizer"], tokenizer))
     return PackageVerification(tuple(findings), numbers)
 
@@ -88,13 +95,22 @@ class _Read:
     facts: dict[str, Any]
 
 
-def _read(folder: Path, meta: Meta, rows: list[Row], prompts: list[list[int]], timeout: float) -> _Read | str:
+def _sentences(meta: Meta, tokenizer: Any) -> list[list[int]]:
+    """The sentences whose similarities are looked at: none of a model whose hidden states are no embeddings."""
+    if meta.kind != "encoder" or tokenizer is None or not pools(meta.folder):
+        return []
+    return sentence_rows(tokenizer, max(meta.parts[0].functions.values()))
+
+
+def _read(
+    folder: Path, meta: Meta, rows: list[Row], texts: Mapping[str, list[list[int]]], timeout: float
+) -> _Read | str:
     """What the packages compute, in a process of its own; or why it does not."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     given = {f"row_{i}": torch.tensor(row.ids) for i, row in enumerate(rows)}
-    given |= {f"prompt_{i}": torch.tensor(ids) for i, ids in enumerate(prompts)}
+    given |= {f"{kind}_{i}": torch.tensor(ids) for kind, of in texts.items() for i, ids in enumerate(of)}
     asked = {
         "rows": [{"pieces": row.pieces, "modes": row.modes, "seen": row.seen} for row in rows],
         "tokens": greedy_tokens(meta),
@@ -120,10 +136,15 @@ def _in_fp32(graph: Graph) -> Graph:
 
 def _of_graph(exact: Graph, row: Row) -> Tensor:
     """What the graph gives at the positions of a row that are looked at, [tokens, V or C]."""
-    ids = torch.tensor([row.ids], device=exact.device)
+    return _hidden(exact, row.ids)[row.seen :]
+
+
+def _hidden(exact: Graph, row: Sequence[int]) -> Tensor:
+    """What the graph gives behind each token, [tokens, V or C]."""
+    ids = torch.tensor([list(row)], device=exact.device)
     with torch.no_grad():
         found: Tensor = exact(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return found[0, row.seen :].float().cpu()
+    return found[0].float().cpu()
 
 
 def _compared(mode: str, rows: list[Row], wanted: list[Tensor], read: _Read, numbers: dict[str, float]) -> Finding:
@@ -142,7 +163,7 @@ def _compared(mode: str, rows: list[Row], wanted: list[Tensor], read: _Read, num
     return Finding(f"in {mode} arithmetic", found >= least and where is None, told)
 
 
-def _greedy(exact: Graph, prompts: list[list[int]], read: _Read, error: float) -> Finding:
+def _greedy(exact: Graph, prompts: list[list[int]], read: _Read, numbers: dict[str, float]) -> Finding:
     """The likeliest tokens behind some prompts, over prefill and decode, are those that the graph generates."""
     count = read.values["greedy"].shape[1]
     generator = Generator(exact, _NoText(), eos=())
@@ -153,21 +174,15 @@ def _greedy(exact: Graph, prompts: list[list[int]], read: _Read, error: float) -
         step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if step is None:
             continue
-        logits = _last(exact, [*ids, *ours[:step]])
+        logits = _hidden(exact, [*ids, *ours[:step]])[-1]
         gap = float(logits[ours[step]] - logits[theirs[step]])
-        if gap > _TIE * error:
+        if gap > _TIE * numbers["fp32/max_difference"]:
             what = f"prompt {number + 1} gives {theirs[step]} and not {ours[step]} as token {step + 1}"
             return Finding("greedy tokens", False, f"{what}, {gap:.2g} less likely in logits")
         ties += 1
+    numbers |= {"greedy/prompts": len(prompts), "greedy/same": len(prompts) - ties, "greedy/tokens": count}
     same = f"{len(prompts)} prompts, {count} tokens each, the same as the graph's"
     return Finding("greedy tokens", True, same + (f"; {ties} leave at a tie" if ties else ""))
-
-
-def _last(exact: Graph, ids: Sequence[int]) -> Tensor:
-    row = torch.tensor([list(ids)], device=exact.device)
-    with torch.no_grad():
-        found: Tensor = exact(input_ids=row, attention_mask=torch.ones_like(row))
-    return found[0, -1].float().cpu()
 
 
 class _NoText:

@@ -48,6 +48,7 @@ def _run(
     from runtimes.coreml.decoder import Decoder
     from runtimes.coreml.encoder import Encoder
     from runtimes.mil import Trace
+    from runtimes.verify.similarities import similarities
 
     decodes = asked["kind"] == "causal-lm"
     model: Any = Decoder(folder, mode) if decodes else Encoder(folder, mode)
@@ -63,6 +64,9 @@ def _run(
             _row(model, ids, row) if decodes else model.hidden(ids)
             model.traces = None
             facts["infinite"][mode] = _first_infinite(traces)
+    sentences = [given[f"sentence_{i}"].tolist() for i in range(sum(n.startswith("sentence_") for n in given))]
+    if sentences:
+        found[f"{mode}_similarities"] = similarities(model.hidden, model.pool(), sentences)
     if mode == "fp32":
         functions = sum(len(loaded.part.functions) for loaded in model.parts)
         facts["packages"] = f"{len(model.parts)} packages, {functions} functions"

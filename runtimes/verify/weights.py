@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -88,17 +89,17 @@ def verify_weights(
     about = _about(folder)
     files = (hashes(folder, about), _headers(folder, about))
     if not all(finding.passed for finding in files):
-        return _unread(files)
+        return unread(files)
     probes = probe_batches(graph) if probes is None else probes
-    read, facts = _read(folder, graph, probes, timeout)
+    read, facts = read_export(folder, graph, probes, timeout)
     if not facts:
-        return _unread((*files, Finding("transformers loads it", False, str(read))))
+        return unread((*files, Finding("transformers loads it", False, str(read))))
     loaded = Finding("transformers loads it", True, str(facts["model"]))
-    texts = _texts(facts, graph.kind, tokenizer)
+    texts = texts_found(facts, graph.kind, tokenizer)
     return _compared((*files, loaded), graph, probes, [t for t in read if isinstance(t, Tensor)], about["dtype"], texts)
 
 
-def _unread(findings: tuple[Finding, ...]) -> Verification:
+def unread(findings: tuple[Finding, ...]) -> Verification:
     return Verification(findings, -math.inf, -math.inf, math.inf, 0.0)
 
 
@@ -107,9 +108,9 @@ def _compared(
 ) -> Verification:
     """The numbers, at all tokens that are not padding."""
     rounded = Rounded(graph, _DTYPES[dtype])
-    ours = _tokens([_as_it_is(graph, *probe) for probe in probes], probes)
-    exact = _tokens([rounded.run_on(*probe) for probe in probes], probes)
-    theirs = _tokens(read, probes)
+    ours = at_tokens([as_it_is(graph, *probe) for probe in probes], probes)
+    exact = at_tokens([rounded.run_on(*probe) for probe in probes], probes)
+    theirs = at_tokens(read, probes)
     written_db, rounded_db = psnr_db(exact, theirs), psnr_db(ours, theirs)
     difference = (theirs.double() - ours.double()).abs().max().item()
     top1 = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
@@ -122,7 +123,7 @@ def _compared(
     return Verification((*before, *numbers, *after), written_db, rounded_db, difference, top1)
 
 
-def _tokens(values: list[Tensor], probes: list[Probe]) -> Tensor:
+def at_tokens(values: list[Tensor], probes: list[Probe]) -> Tensor:
     """[B, T, d] of every probe  ->  [tokens, d]."""
     return torch.cat([value[mask.bool()] for value, (_, mask) in zip(values, probes, strict=True)])
 
@@ -173,8 +174,18 @@ def probe_batches(graph: Graph) -> list[Probe]:
     return found
 
 
-def _read(folder: Path, graph: Graph, probes: list[Probe], timeout: float) -> tuple[list[Tensor] | str, dict[str, Any]]:
-    """What transformers computes on the probes, in a process of its own, and its facts; or why it does not."""
+def read_export(
+    folder: Path,
+    graph: Graph,
+    probes: list[Probe],
+    timeout: float,
+    compute: str = "float32",
+    modules: Collection[str] = (),
+) -> tuple[list[Tensor] | str, dict[str, Any]]:
+    """What transformers computes on the probes, in a process of its own, and its facts; or why it does not.
+
+    It loads the export in the dtype ``compute``, and tells the sha256 of the weights of ``modules`` as it unpacks them.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -183,7 +194,8 @@ def _read(folder: Path, graph: Graph, probes: list[Probe], timeout: float) -> tu
     }
     with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
         inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
-        save_file(named, inputs, metadata={"kind": graph.kind})
+        asked = {"kind": graph.kind, "dtype": compute, "modules": json.dumps(list(modules))}
+        save_file(named, inputs, metadata=asked)
         failed = read_afresh("runtimes.verify.weights_worker", folder, inputs, outputs, timeout)
         if failed is not None:
             return failed, {}
@@ -192,7 +204,7 @@ def _read(folder: Path, graph: Graph, probes: list[Probe], timeout: float) -> tu
             return [file.get_tensor(f"out_{i}") for i in range(len(probes))], facts
 
 
-def _texts(facts: dict[str, Any], kind: str, tokenizer: Any) -> list[Finding]:
+def texts_found(facts: dict[str, Any], kind: str, tokenizer: Any) -> list[Finding]:
     """What the reader found of tokenizer and generation settings."""
     said, found = facts["tokenizer"], []
     if said is None:
@@ -211,25 +223,38 @@ def _texts(facts: dict[str, Any], kind: str, tokenizer: Any) -> list[Finding]:
 # -- the references -------------------------------------------------------------------------------------------------
 
 
-def _as_it_is(graph: Graph, ids: Tensor, mask: Tensor) -> Tensor:
+def as_it_is(graph: Graph, ids: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         out: Tensor = graph(input_ids=ids.to(graph.device), attention_mask=mask.to(graph.device))
     return out.float().cpu()
 
 
 class Rounded(Streaming):
-    """Runs a graph in fp32 with its weights as an export holds them: rounded to ``dtype`` where an op reads them.
+    """Runs a graph with its weights as an export holds them: rounded to ``dtype`` where an op reads them.
 
-    It works on the values alone, whatever their names and packing, so it shares nothing with the exporter.
+    It computes in fp32, if nothing else is asked for. It works on the values alone, whatever their names and packing,
+    so it shares nothing with the exporter.
     """
 
-    def __init__(self, graph: Graph, dtype: torch.dtype):
+    def __init__(
+        self,
+        graph: Graph,
+        dtype: torch.dtype,
+        compute: torch.dtype = torch.float32,
+        packed: Collection[str] = (),
+    ):
+        """The weights named ``packed`` are left as the graph, in ``compute``, unpacks them."""
         source = graph.copy()
         was = {node: node.meta["val"] for node in constant_nodes(source)}
-        if source.dtype is not torch.float32:
-            source.to(torch.float32)
+        if source.dtype is not compute:
+            source.to(compute)
         super().__init__(source)
-        floats = {n: val for n, val in was.items() if isinstance(val, Tensor) and val.is_floating_point()}
+        self.compute = compute
+        floats = {
+            node: val
+            for node, val in was.items()
+            if isinstance(val, Tensor) and val.is_floating_point() and not _is_of(source, node, packed)
+        }
         self.steps = {node: (val.dtype, dtype) for node, val in floats.items()}
 
     def run_on(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -246,7 +271,7 @@ class Rounded(Streaming):
         for arg, value in kept.items():
             for dtype in self.steps[arg]:  # that of the graph first, in which it unpacks what is packed
                 value = value.to(dtype)
-            self.env[arg] = value.to(torch.float32)
+            self.env[arg] = value.to(self.compute)
         result = super().fetch_args_kwargs_from_env(n)
         self.env.update(kept)
         return result
@@ -254,3 +279,9 @@ class Rounded(Streaming):
     def _written(self, node: fx.Node) -> bool:
         names = [str(node.target)] if node.op == "get_attr" else Site(self.source, node).tensors()
         return any(self.source.info(name).saved for name in names)
+
+
+def _is_of(graph: Graph, node: fx.Node, weights: Collection[str]) -> bool:
+    """Whether a value is made of the side tensors of one of these weights."""
+    names = [str(node.target)] if node.op == "get_attr" else Site(graph, node).tensors()
+    return any(name.rpartition(".")[0] in weights for name in names)

@@ -1,7 +1,7 @@
 """The reader that an export is verified with: a process of its own, which knows transformers and not the graph.
 
-``python -m runtimes.verify.weights_worker FOLDER INPUTS OUTPUTS`` loads the export in fp32, runs it on the probe
-batches of INPUTS, and writes what comes out, and what it found of tokenizer and generation settings, to OUTPUTS.
+``python -m runtimes.verify.weights_worker FOLDER INPUTS OUTPUTS`` loads the export, runs it on the probe batches of
+INPUTS, and writes what comes out, and what it found of weights, tokenizer and generation settings, to OUTPUTS.
 """
 
 from __future__ import annotations
@@ -21,32 +21,57 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     from safetensors.torch import load_file, save_file
 
     with safe_open(inputs, framework="pt") as file:
-        kind = file.metadata()["kind"]
-    probes = load_file(inputs)
-    model = _load(folder, kind)
+        asked = file.metadata()
+    kind, probes = asked["kind"], load_file(inputs)
+    model = _load(folder, kind, getattr(torch, asked["dtype"]))
     found = {}
     with torch.no_grad():
         for i in range(len(probes) // 2):
             result = model(input_ids=probes[f"ids_{i}"], attention_mask=probes[f"mask_{i}"])
             found[f"out_{i}"] = (result.logits if kind == "causal-lm" else result.last_hidden_state).contiguous()
+    weights = {name: _sha256_of(model.get_submodule(name)) for name in json.loads(asked["modules"])}
     facts = {"model": type(model).__name__, "tokenizer": _tokenizer(folder), "generation": _generation(folder)}
+    facts |= {"weights": weights}
     save_file(found, outputs, metadata={"facts": json.dumps(facts)})
 
 
-def _load(folder: str, kind: str) -> Any:
-    import torch
+def _load(folder: str, kind: str, dtype: Any) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
     file = next(Path(folder).glob("*.gguf"), None)
     said = {} if file is None else {"gguf_file": file.name}
-    model, info = reader.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **said
-    )
+    model, info = reader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **said)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         sys.exit(f"transformers reports {json.dumps(wrong)}")
+    packing = getattr(model.config, "quantization_config", None)
+    if packing is not None and packing.quant_method == "bitsandbytes":
+        _compute_in(model, dtype)
     return model.eval()
+
+
+def _compute_in(model: Any, dtype: Any) -> None:
+    """Bitsandbytes computes in the dtype of its configuration, and on some processors in bf16, if it is not told."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+            module.compute_type_is_set, module.support_avx512bf16_for_cpu = True, False
+
+
+def _sha256_of(module: Any) -> str:
+    """The sha256 of a weight as it is multiplied with, in fp32."""
+    import hashlib
+
+    weight = module.weight.detach()
+    if hasattr(module.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, module.weight.quant_state)
+    return hashlib.sha256(weight.float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _tokenizer(folder: str) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ SECTIONS = {
     "Stage": "[stage](#stages)",
     "Model": "`{model: …}`",
     "LutOptions": "[lut](#lut)",
+    "GcaGate": "`{function: …, init: …}`",
 }
 """What the tables say for a part that has a table of its own."""
 

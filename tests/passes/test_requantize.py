@@ -56,6 +56,16 @@ def test_refitted_scales_are_nearer_than_kept_ones() -> None:
     assert (up(refitted) - was).norm() < (up(kept) - was).norm()
 
 
+def test_groups_of_rows_keep_levels_of_their_own() -> None:
+    graph, was = packed(rows_per_lut=16), up(packed(rows_per_lut=16))
+    one, only = packed(), up(packed())
+    apply(Requantize(select=ALL, bits=2, rank=6), graph)
+    apply(Requantize(select=ALL, bits=2, rank=6), one)
+    assert graph.shape("up.weight.lut") == (4, 4)
+    assert graph.tensor("up.weight.lut").unique(dim=0).shape[0] == 4, "each fitted to its own rows"
+    assert (up(graph) - was).norm() / was.norm() < (up(one) - only).norm() / only.norm()
+
+
 def test_it_says_what_it_needs() -> None:
     for graph, options, wanted in (
         (latent(train="scales"), {}, None),

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qc.speaking import open_speaker
+from runtimes.coreml.meta import read_meta
+from runtimes.sampling import Sampling
 from tests.qc.command import answer, qc
+from tests.runtimes.coreml.exports import decoder_graph, write
 
 RECIPE = """
 model: tiny
@@ -79,3 +83,19 @@ def test_lint_says_rules_and_ends_with_1_on_errors(exported: tuple[str, Path], f
     assert refused.err == (
         "error: corpus holds no Core ML packages\n  fix    give an export for ane, or a .mlpackage\n"
     )
+
+
+def test_a_text_ends_where_the_models_configuration_says_it_does(tmp_path: Path) -> None:
+    graph = decoder_graph(num_hidden_layers=1, eos_token_id=[7, 9])
+    folder = write(graph, tmp_path)
+    (folder / "generation_config.json").unlink()
+    assert read_meta(folder).eos == (7, 9)
+    ended = open_speaker(str(folder), tmp_path, None, Sampling(max_tokens=12), False)
+    assert ended.generator.eos == {7, 9}
+    first = open_speaker(str(folder), tmp_path, None, Sampling(max_tokens=1), False).generator(
+        [[1]], Sampling(max_tokens=1)
+    )
+    data = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(data | {"eos": [first.rows[0].ids[0]]}))
+    told = open_speaker(str(folder), tmp_path, None, Sampling(max_tokens=12), False).say("b", stream=False)
+    assert (told["finish"], told["tokens"]) == ("eos", 1)

@@ -103,6 +103,20 @@ def test_compile_takes_overrides_and_the_same_again_is_the_same_folder(
     assert said == [f"tune: compiled before: {artifact.folder}"]
 
 
+def test_a_text_that_changed_is_compiled_anew(folder: Path, tmp_path: Path) -> None:
+    text, recipe = tmp_path / "some.txt", tmp_path / "recipe.yaml"
+    text.write_text("def a(b):\n    return b\n" * 20)
+    passes = "[{calibrate: {data: {text: some.txt}, tokens: 64, length: 16}}]"
+    recipe.write_text(f"model: {folder / 'tiny'}\npasses: {passes}\n")
+    moments = "model.layers.0.mlp.up_proj.weight_moments"
+    first = qc.compile(recipe, runs=tmp_path / "runs").graph.tensor(moments)
+    said: list[str] = []
+    qc.compile(recipe, runs=tmp_path / "runs", tell=said.append)
+    assert said[0].startswith("compiled before: ")
+    text.write_text("class B(a):\n    pass\n" * 30)
+    assert not torch.equal(qc.compile(recipe, runs=tmp_path / "runs").graph.tensor(moments), first)
+
+
 def test_a_trained_set_is_saved_as_peft_has_it(folder: Path, steps: Mapping[str, Mapping[str, Any]]) -> None:
     graph = qc.load(_folder(steps, "tune/trained")).graph
     folder = qc.save_adapter(graph, folder / "adapter")

@@ -108,7 +108,7 @@ def test_a_wrong_call_ends_with_2_and_says_what_is_wrong(argv: list[str], said: 
 SILLY = [
     ("train", "there is no run in runs/", "run qc compile RECIPE first"),
     ("train nowhere", "nowhere is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
-    ("export --target onyx", "no export target is called 'onyx'", "use one of: ane, gguf, safetensors, ternary"),
+    ("export --target onyx", "no export target is called 'onyx'", "use one of: ane, fp8, gguf, int4, int8, mxfp4, mxfp8, nf4, nvfp4, safetensors, ternary"),
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from tools.bench.turns import ratio, serve, take_turns
+from tools.bench.turns import Training, ratio, serve, take_turns
 
 VOCABULARY = 4096
 
@@ -47,7 +47,6 @@ class Step:
         from runtimes.settings import Group, PythonStdlib, Train
         from runtimes.train.distribute import Processes
         from runtimes.train.groups import members, optimizer
-        from runtimes.train.objectives import next_token
         from runtimes.train.student import Student
 
         graph = capture(str(work / "model"), dtype=torch.float32)
@@ -59,11 +58,11 @@ class Step:
         else:
             self._quantize(graph)
         settings = Train(data=PythonStdlib(), steps=1, groups={"scales": Group(lr=1e-4, schedule="constant")})
-        self.student = Student(graph, settings, Processes(work, ()))
+        student = Student(graph, settings, Processes(work, ()))
         if kind == "rank-loop":
-            _by_rank(self.student.graph)
-        self.optimizer = optimizer(members(graph, settings), self.student.parameters, graph, "adamw")
-        self.loss, self.shape = next_token, (batch, length)
+            _by_rank(student.module)
+        self.training = Training(student, optimizer(members(graph, settings), student.parameters, graph, "adamw"))
+        self.shape = (batch, length)
 
     @staticmethod
     def _quantize(graph: Any) -> None:
@@ -80,31 +79,23 @@ class Step:
 
     def step(self, number: int) -> float:
         """One step on random tokens."""
-        from runtimes.data import Batch
-
         tokens = torch.randint(0, VOCABULARY, self.shape, generator=torch.Generator().manual_seed(number))
-        labels = torch.full_like(tokens, -100)
-        labels[:, :-1] = tokens[:, 1:]
-        batch = Batch(tokens, torch.ones_like(tokens), labels)
-        loss = self.loss(self.student(batch, training=True), batch) / (labels >= 0).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return self.training.step(tokens)
 
 
-def _by_rank(graph: Any) -> None:
+def _by_rank(module: Any) -> None:
     """Turn every fused linear into the factored form."""
-    from graph.formats.lut_linear import linear_lut_factored
+    from graph.formats.lut_linear import linear_lut, linear_lut_factored
 
-    for site in graph.sites("qc.linear_lut"):
-        x, indices, lut, columns, _ = site.node.args
-        said = site.node.kwargs
-        site.node.target = linear_lut_factored
-        site.node.args = (x, indices, lut, columns, said["scale_a"], said["scale_b"], said["scale_g"])
-        site.node.kwargs = {}
-    graph.module.recompile()
+    fused = [node for node in module.graph.nodes if node.target is linear_lut]
+    assert fused, "no fused linear to turn"
+    for node in fused:
+        x, indices, lut, columns, _ = node.args
+        said = node.kwargs
+        node.target = linear_lut_factored
+        node.args = (x, indices, lut, columns, said["scale_a"], said["scale_b"], said["scale_g"])
+        node.kwargs = {}
+    module.recompile()
 
 
 def main() -> None:

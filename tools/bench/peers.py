@@ -33,7 +33,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-BATCHES, BATCH, LENGTH, TEMPERATURE, RATE = 32, 8, 128, 2.0, 1e-4
+BATCHES, BATCH, LENGTH, TEMPERATURE, RATE = 64, 8, 128, 2.0, 1e-4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HQQ_GROUP, TORCHAO_GROUP, LUT_GROUP = 64, 32, 8
 
@@ -145,7 +145,8 @@ def ours(bench: Bench, name: str, lut: dict[str, Any], trained: bool = False) ->
             "batch": BATCH, "length": LENGTH,
             "groups": {"weights": {"lr": RATE, "warmup": 0.1, "schedule": "constant"}},
         }  # fmt: skip
-    last = {"name": "packed", "passes": ["freeze-q", "snap"] if trained else ["snap"]}
+    factored = ["convert-scales"] if lut.get("scale", "low-rank") == "low-rank" else []
+    last = {"name": "packed", "passes": ["freeze-q", *factored, "snap"] if trained else ["snap"]}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         YAML(typ="safe").dump({"model": "seedling", "stages": [stage, last]}, recipe)
@@ -231,7 +232,7 @@ def torchao(bench: Bench) -> None:
         dense = {f"{name}.weight": linear.weight.dequantize() for name, linear in bench.linears(student)}
         seconds, said = time.perf_counter() - start, ", trained" if trained else ""
         bench.measure(f"torchao int4, groups of {TORCHAO_GROUP}{said}", 4 + 16 / TORCHAO_GROUP, dense, seconds)
-        ours(bench, f"qc, 4 bits, groups of 64{said}", {"bits": 4, "scale": "group", "group": 64}, trained=trained)
+        ours(bench, f"qc, preset q4a4{said}", {"preset": "q4a4", "group": 8}, trained=trained)
 
 
 PEERS: dict[str, Callable[[Bench], None]] = {"coremltools": coremltools, "hqq": hqq, "torchao": torchao}

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+import torch
+
+from tools.bench.turns import WARM, Training, ratio, serve, take_turns
+
 RANK, ALPHA, LR = 16, 32, 2e-4
 
 
@@ -62,7 +61,6 @@ class Qc:
         from runtimes.settings import Group, PythonStdlib, Train
         from runtimes.train.distribute import Processes
         from runtimes.train.groups import members, optimizer
-        from runtimes.train.objectives import next_token
         from runtimes.train.student import Student
 
         graph = capture(str(work / "model"), dtype=torch.float32)
@@ -71,24 +69,15 @@ class Qc:
         apply(AddLora(rank=RANK, alpha=ALPHA), graph, check=False)
         group = {"lora": Group(lr=LR, schedule="constant")}
         settings = Train(data=PythonStdlib(), steps=1, groups=group, precision=precision)  # type: ignore[arg-type]
-        self.student = Student(graph, settings, Processes(work, ()))
-        self.optimizer = optimizer(members(graph, settings), self.student.parameters, graph, "adamw")
-        for entry in self.optimizer.param_groups:
+        student = Student(graph, settings, Processes(work, ()))
+        self.training = Training(student, optimizer(members(graph, settings), student.parameters, graph, "adamw"))
+        for entry in self.training.optimizer.param_groups:
             entry["lr"] = LR
-        self.loss = next_token
+        self.tokens = torch.load(work / "tokens.pt")
 
-    def step(self, tokens: Tensor) -> float:
-        from runtimes.data import Batch
-
-        labels = torch.full_like(tokens, -100)
-        labels[:, :-1] = tokens[:, 1:]
-        batch = Batch(tokens, torch.ones_like(tokens), labels)
-        loss = self.loss(self.student(batch, training=True), batch) / (labels >= 0).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+    def step(self, number: int) -> float:
+        """One step on the tokens of this number."""
+        return self.training.step(self.tokens[number])
 
 
 class Peft:
@@ -110,8 +99,11 @@ class Peft:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=LR, weight_decay=0.0, fused=True)
         self.autocast = precision == "bf16"
+        self.tokens = torch.load(work / "tokens.pt")
 
-    def step(self, tokens: Tensor) -> float:
+    def step(self, number: int) -> float:
+        """One step on the tokens of this number."""
+        tokens = self.tokens[number]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             loss = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
         loss.backward()
@@ -121,54 +113,19 @@ class Peft:
         return float(loss.item())
 
 
-def worker(kind: str, work: Path, precision: str) -> None:
-    """Take a step for every line on stdin; answer with loss, seconds and the memory's high-water mark."""
-    side = (Qc if kind == "qc" else Peft)(work, precision)
-    tokens = torch.load(work / "tokens.pt")
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts here: loading does not count
-    print("ready", flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        loss = side.step(tokens[int(line)])
-        seconds = time.perf_counter() - start
-        status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-        print(json.dumps([loss, seconds, int(status.split()[0]) / 1024]), flush=True)
-
-
 def compare(work: Path, precision: str, steps: int) -> dict[str, Any]:
     """Both sides, step by step in turn."""
-    command = [sys.executable, __file__, "--worker"]
-    sides = {
-        kind: subprocess.Popen(
-            [*command, kind, "--work", str(work), "--precision", precision],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )
-        for kind in ("qc", "peft")
-    }  # fmt: skip
-    for process in sides.values():
-        assert process.stdout is not None
-        while process.stdout.readline().strip() != "ready":
-            assert process.poll() is None, "a side could not start"
-    rows: dict[str, list[list[float]]] = {kind: [] for kind in sides}
-    for step in range(steps):
-        for kind, process in sides.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(f"{step}\n")
-            process.stdin.flush()
-            rows[kind].append(json.loads(process.stdout.readline()))
-    for process in sides.values():
-        process.communicate()
-    found: dict[str, Any] = {}
-    for kind, taken in rows.items():
-        times = [seconds for _, seconds, _ in taken[2:]]
-        found[kind] = {"step_s": statistics.median(times), "step_min_s": min(times), "peak_mib": taken[-1][2]}
-    ratios = [a[1] / b[1] for a, b in zip(rows["qc"][2:], rows["peft"][2:], strict=True)]
-    found["time_ratio"] = statistics.median(ratios)
-    found["time_ratio_min"] = found["qc"]["step_min_s"] / found["peft"]["step_min_s"]
-    found["memory_ratio"] = found["qc"]["peak_mib"] / found["peft"]["peak_mib"]
-    found["largest_loss_gap"] = max(abs(a[0] - b[0]) for a, b in zip(rows["qc"], rows["peft"], strict=True))
-    found["losses"] = [rows["qc"][0][0], rows["qc"][-1][0]]
-    return found
+    taken = take_turns(__file__, ("qc", "peft"), ["--work", str(work), "--precision", precision], steps)
+    qc, peft = taken["qc"], taken["peft"]
+    return {
+        "qc": qc.figures(),
+        "peft": peft.figures(),
+        "time_ratio": ratio(qc.seconds, peft.seconds),
+        "time_ratio_min": min(qc.seconds) / min(peft.seconds),
+        "memory_ratio": qc.peak_mib / peft.peak_mib,
+        "largest_loss_gap": max(abs(a - b) for a, b in zip(qc.losses, peft.losses, strict=True)),
+        "losses": [qc.losses[0], qc.losses[-1]],
+    }
 
 
 def main() -> None:
@@ -184,10 +141,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.worker:
-        worker(said.worker, said.work, said.precision)
+        serve(lambda: (Qc if said.worker == "qc" else Peft)(said.work, said.precision))
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), said.model, said.batch, said.length, said.steps)
+        prepare(Path(folder), said.model, said.batch, said.length, said.steps + WARM)
         found = compare(Path(folder), said.precision, said.steps)
     print(json.dumps(found, indent=1))
     good = found["time_ratio"] <= 0.9 and found["memory_ratio"] <= 0.9 and found["largest_loss_gap"] <= 1e-3
@@ -196,5 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

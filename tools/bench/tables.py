@@ -1,17 +1,16 @@
-"""The tables of docs/quality.md and docs/ternary.md, which commands of ``tools`` print and put there."""
+"""The tables of docs/quality.md, docs/ternary.md and docs/ane.md, which commands of ``tools`` print and put there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-PAGES = Path(__file__).resolve().parent.parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 END = "<!-- end -->"
 
 
 def replace_table(name: str, text: str, page: str = "quality.md") -> None:
-    """Put ``text`` between the marks of that name on a page of docs."""
-    path = PAGES / page
-    begin = f"<!-- table: {name} -->"
+    """Put ``text`` between the marks of that name."""
+    path, begin = DOCS / page, f"<!-- table: {name} -->"
     head, found, rest = path.read_text().partition(begin)
     assert found and END in rest, f"{page} has no place for the table {name}"
     path.write_text(f"{head}{begin}\n{text}\n{END}{rest.partition(END)[2]}")

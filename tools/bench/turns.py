@@ -14,7 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -55,6 +58,29 @@ class Taken:
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
     """The median of the ratios of steps taken beside each other."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+class Training:
+    """The step of ``qc train`` on tokens that are given: next-token loss, gradients clipped, the optimizer."""
+
+    def __init__(self, student: Any, optimizer: Any):
+        from runtimes.train.objectives import next_token
+
+        self.student, self.optimizer, self.loss = student, optimizer, next_token
+
+    def step(self, tokens: Tensor) -> float:
+        """tokens: [batch, length]  ->  the loss."""
+        from runtimes.data import Batch
+
+        labels = torch.full_like(tokens, -100)
+        labels[:, :-1] = tokens[:, 1:]
+        batch = Batch(tokens, torch.ones_like(tokens), labels)
+        loss = self.loss(self.student(batch, training=True), batch) / (labels >= 0).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss)
 
 
 def serve(make_side: Callable[[], Side]) -> None:

@@ -100,7 +100,7 @@ def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
 
 @op()
 def reshape_like(
-    x: Tensor, ref_tensors: list[Tensor], begins: list[int], ends: list[int], end_masks: list[bool]
+    x: Tensor, ref_tensors: list[Tensor], begins: tuple[int, ...], ends: tuple[int, ...], end_masks: tuple[bool, ...]
 ) -> Tensor:
     shape: list[int] = []
     for reference, begin, end, masked in zip(ref_tensors, begins, ends, end_masks, strict=True):

@@ -8,12 +8,14 @@ from runtimes.mil.ops.table import op
 
 
 class Cell:
-    """What a state holds. Values are never changed in place, so what was read stays what it was."""
+    """What a state holds. What a run gave stays what it was; who keeps ``value`` itself beyond a run takes a copy."""
 
-    __slots__ = ("value",)
+    __slots__ = ("own", "value")
 
     def __init__(self, value: Tensor):
         self.value = value
+        self.own = 0
+        """The memory of a value that was made for this state, and may be written over (``overwrite.py``); 0: none."""
 
 
 @op(results="input")

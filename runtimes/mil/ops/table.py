@@ -1,7 +1,8 @@
 """The table of operations: a MIL name -> the function that computes it, and what its arguments are.
 
 A kernel's signature is its declaration. An argument annotated as a tensor, or as a list of tensors, arrives as such;
-any other arrives as a plain Python value, whether it is a constant of the program or computed while it runs.
+any other arrives as a plain Python value, whether it is a constant of the program or computed while it runs. One that
+MIL gives as several values is annotated as a tuple.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-Kind = Literal["tensor", "tensors", "value"]
+Kind = Literal["tensor", "tensors", "value", "values"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -85,4 +86,6 @@ def binary(functions: dict[str, Callable[[Tensor, Tensor], Tensor]], results: st
 def _kind(annotation: str) -> Kind:
     if "list[Tensor]" in annotation:
         return "tensors"
+    if annotation.startswith("tuple["):
+        return "values"
     return "tensor" if "Tensor" in annotation else "value"

@@ -21,7 +21,15 @@ FUSED = """
         return add
 """
 
-SCHEMES = [("nf4", False), ("nf4", True), ("fp4", True), ("int8", False)]
+SCHEMES = [
+    ("nf4", False),
+    ("nf4", True),
+    ("fp4", True),
+    ("int8", False),
+    ("fp8", False),
+    ("nvfp4", False),
+    ("int4", False),
+]
 
 
 class Mlp(nn.Module):

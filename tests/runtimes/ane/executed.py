@@ -80,10 +80,8 @@ def _operand(value: Any) -> Any:
     )
 
 
-def _slice(x: Tensor, begin: Any, end: Any) -> Tensor:
-    for axis, (first, last) in enumerate(zip(begin, end, strict=True)):
-        x = x.narrow(axis, int(first), int(last) - int(first))
-    return x
+def _slice(x: Tensor, begin: Any, end: Any, stride: Any = (1, 1, 1, 1)) -> Tensor:
+    return x[tuple(slice(int(first), int(last), by) for first, last, by in zip(begin, end, stride, strict=True))]
 
 
 def _update(x: Tensor, update: Tensor, begin: Any, end: Any, begin_mask: Any, end_mask: Any) -> Tensor:

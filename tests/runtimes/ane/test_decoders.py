@@ -28,7 +28,7 @@ QUICK = ["qwen3", "gemma2", "phi", "gpt2"]
 
 OTHERS = [
     "llama", "mistral", "qwen2", "gemma", "gemma3_text", "phi3", "gpt_neox", "gpt_bigcode", "opt", "starcoder2",
-    "olmo", "olmo2", "granite", "smollm3", "exaone4", "seed_oss", "hunyuan_v1_dense",
+    "olmo", "olmo2", "granite", "smollm3", "exaone4", "seed_oss", "hunyuan_v1_dense", "nemotron", "arcee", "persimmon",
 ]  # fmt: skip
 
 

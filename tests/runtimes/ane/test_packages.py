@@ -48,7 +48,7 @@ def test_an_export_is_its_packages_its_contract_and_its_tables(tmp_path: Path) -
     two = {"infer": {"tokens": 1}, "prefill": {"tokens": 8}}
     assert meta == {
         "format": "qc-ane", "version": 1, "kind": "causal-lm", "context": 32, "prefill": 8, "kv": "state_slice",
-        "masks": [{"input": "mask", "window": None}], "vocab": 99, "hidden": 32,
+        "masks": [{"input": "mask", "window": None}], "eos": [2], "vocab": 99, "hidden": 32,
         "rope": [{"cos": "cos", "sin": "sin", "size": 16}],
         "parts": [
             {"file": "embeddings.mlpackage", "role": "embed", "functions": two, "weight_bytes": 99 * 32 * 2},

@@ -193,3 +193,47 @@ def test_values_are_taken_from_a_graph_in_fp32_whatever_its_dtype() -> None:
     wide = peaks(graph, rows, sites)[0]
     half = peaks(random("qwen3").to(torch.float16), rows, sites)[0]
     assert wide.site == half.site and abs(wide.largest / half.largest - 1) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({"bits": 2, "rank": 4, "group": 8}, {"lut": 2.0**15, "scale_g": 2.0**-15}),
+        ({"bits": 4, "scale": "channel"}, {"lut": 2.0**14, "scale": 2.0**-14}),
+    ],
+)
+def test_products_that_only_their_scales_make_small_are_named(
+    options: dict[str, Any], factors: dict[str, float], tmp_path: Path
+) -> None:
+    graph = quantized(random("qwen3"), "lut", **options)
+    site = "model.layers.1.mlp.up_proj"
+    for suffix, factor in factors.items():
+        name = f"{site}.weight.{suffix}"
+        graph.set_tensor(name, graph.tensor(name).detach() * factor)
+    with pytest.raises(QcError) as caught:
+        export(graph, tmp_path / "out", context=32, prefill=8)
+    assert caught.value.site == f"{site}/before its scale"
+    assert "and ends at 32768 on the Neural Engine" in caught.value.what
+    assert caught.value.fix == "quantize it with scale: channel or with fewer ranks, or hold it in fp16"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"bits": 2, "rank": 4, "group": 8}, {"bits": 4, "scale": "channel"}])
+def test_the_product_before_a_scale_is_that_of_levels_and_each_rank(options: dict[str, Any]) -> None:
+    from runtimes.ane.ranges import unscaled
+    from runtimes.ane.weights import weight_of
+
+    graph = quantized(random("qwen3"), "lut", **options)
+    site = next(s for s in graph.sites("aten.linear") if s.name == "model.layers.1.mlp.up_proj")
+    weight = weight_of(graph, site.input(1), site.name)
+    indices, levels = weight.table()
+    kernel = torch.from_numpy(levels[0][indices]).double()
+    x = torch.randn(3, weight.columns)
+    scales = (
+        [torch.from_numpy(b).double() for b in weight.factors()[1]] if weight.rank else [torch.tensor(1.0).double()]
+    )
+    wanted = max(float((x.double() * b @ kernel.T).abs().max()) for b in scales)
+    found = unscaled(weight, x)
+    assert found is not None and float(found.max()) == pytest.approx(wanted, rel=1e-5)
+    plain = next(s for s in random("qwen3").sites("aten.linear") if s.name == "model.layers.1.mlp.up_proj")
+    assert unscaled(weight_of(random("qwen3"), plain.input(1), plain.name), x) is None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes.data import Rows
+from runtimes.data import Batch, Rows
 from runtimes.data.batches import IGNORED
 from runtimes.data.tokens import Tokens
 
@@ -96,3 +96,26 @@ def test_a_global_batch_is_the_same_for_any_number_of_processes(processes: int) 
 def test_another_seed_is_another_order() -> None:
     first, second = (rows(tokens(*[4] * 64), length=4, seed=seed).shuffled(0, 64).input_ids for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def remembering() -> Batch:
+    """Three rows of one token, with two chunks of two tokens each."""
+    ids = torch.arange(3).reshape(3, 1)
+    memory = torch.arange(12).reshape(3, 2, 2)
+    return Batch(ids, torch.ones_like(ids), ids, memory_ids=memory, memory_mask=torch.ones_like(memory))
+
+
+def test_memory_of_the_next_row_leaves_no_row_its_own() -> None:
+    batch = remembering()
+    shuffled = batch.with_memory_of_the_next_row()
+    assert shuffled.memory_ids is not None
+    assert batch.memory_ids is not None
+    assert shuffled.memory_ids.tolist() == [batch.memory_ids[at].tolist() for at in (1, 2, 0)]
+    assert torch.equal(shuffled.input_ids, batch.input_ids)
+
+
+def test_a_batch_moves_with_its_memory_and_without_any() -> None:
+    moved = remembering().to("meta")
+    assert all(tensor.is_meta for tensor in moved.tensors().values())
+    assert set(moved.tensors()) == {"input_ids", "attention_mask", "labels", "memory_ids", "memory_mask"}
+    assert set(remembering().without_memory().to("meta").tensors()) == {"input_ids", "attention_mask", "labels"}

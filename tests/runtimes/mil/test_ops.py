@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from coremltools.converters.mil.mil import Operation
+from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 from torch import Tensor
 
 from runtimes.mil import Interpreter
 from runtimes.mil.ops import KERNELS
 from tests.runtimes.mil.building import FP16, ct, function, mb, one, save, spec, state
+from tests.runtimes.mil.test_values import CASES
 
 RNG = np.random.default_rng(1)
 IMAGE = RNG.standard_normal((2, 4, 9, 8)).astype(np.float32)
@@ -236,9 +239,57 @@ def test_functions_of_a_package_share_a_state(tmp_path: Path) -> None:
         read.run({"position": torch.tensor([4])}, cells, function="prefill")
 
 
-def test_every_op_of_the_table_is_known_to_coremltools() -> None:
-    from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+def test_casts_levels_and_shapes_that_are_taken_from_others_agree(tmp_path: Path) -> None:
+    levels = RNG.integers(-128, 128, (4, 6)).astype(np.int8)
+    scale, zero = np.array([0.5, 0.25, 1, 2], np.float32), np.array([3, -1, 0, 7], np.int8)
+    stored = RNG.standard_normal((3, 2)).astype(np.float16)
 
-    own = {"write_state", "coreml_update_state"}  # the first exists in saved programs alone, the other in built ones
-    assert set(KERNELS) - own <= set(SSAOpRegistry.core_ops)
+    def body(x: Any) -> list[Any]:
+        flat = mb.reshape(x=x, shape=[-1])
+        likes = [np.zeros((2, 4, 1), np.float32), np.zeros((1, 9, 8), np.float32)]
+        return [
+            mb.dequantize(input=levels, scale=scale, zero_point=zero, axis=0),
+            mb.dequantize(input=levels, scale=np.float32(0.1)),
+            mb.constexpr_cast(source_val=stored, output_dtype="fp32"),
+            mb.reshape_like(x=flat, ref_tensors=likes, begins=[0, 1], ends=[2, 0], end_masks=[False, True]),
+        ]
+
+    read = Interpreter(one(tmp_path / "t.mlpackage", {"x": spec(IMAGE)}, body))
+    ours = list(read.run({"x": X}).values())
+    np.testing.assert_allclose(ours[0], (levels.astype(np.float32) - zero[:, None]) * scale[:, None])
+    np.testing.assert_allclose(ours[1], levels * np.float32(0.1), rtol=1e-6)
+    np.testing.assert_array_equal(ours[2], stored.astype(np.float32))
+    torch.testing.assert_close(ours[3], X)
+
+
+# -- nothing is left out --------------------------------------------------------------------------------------------
+
+OWN = {"write_state", "coreml_update_state"}
+"""The first exists in saved programs alone, the other in built ones."""
+
+INFERRED_WRONGLY = {"cumsum", "concat", "scatter_along_axis"}
+"""With some of their options; ``test_what_coremltools_infers_wrongly_agrees_with_torch`` and the scatters have those."""
+
+
+def test_every_op_of_the_table_is_known_to_coremltools() -> None:
+    assert set(KERNELS) - OWN <= set(SSAOpRegistry.core_ops)
     assert len(KERNELS) > 130
+
+
+def test_every_op_that_coremltools_infers_is_held_against_what_it_infers() -> None:
+    inferred = {name for name in set(KERNELS) - OWN if _infers(name)}
+    assert len(inferred) > 100
+    assert inferred - {name for name, _, _ in CASES} == set()
+    assert inferred >= INFERRED_WRONGLY
+
+
+def test_every_other_op_is_computed_by_a_test_of_its_own() -> None:
+    text = "".join((Path(__file__).with_name(f"{name}.py")).read_text() for name in ("test_ops", "test_compressed"))
+    others = [name for name in sorted(set(KERNELS) - {"write_state"}) if name in OWN or not _infers(name)]
+    assert [name for name in others if f"mb.{name}(" not in text] == []
+
+
+def _infers(name: str) -> bool:
+    """Whether any version of an op computes its value from constant arguments."""
+    versions = SSAOpRegistry.core_ops[name].values()
+    return any(version.value_inference is not Operation.value_inference for version in versions)

@@ -1,0 +1,49 @@
+"""A model as the encoder of a memory: it returns the states of all its tokens, and looks one way or both."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import fx
+
+from graph.core import Graph
+from graph.errors import QcError
+
+Attention = Literal["causal", "bidirectional"]
+
+
+def as_encoder(graph: Graph) -> Graph:
+    """Make a language model return what its head reads, in place; an encoder stays as it is."""
+    if graph.kind != "causal-lm":
+        return graph
+    heads = [site for site in graph.sites("aten.linear") if site.role == "head"]
+    if len(heads) != 1:
+        fix = "use a model with a plain head, or one that is an encoder"
+        raise QcError("the last hidden states of this language model cannot be seen", fix=fix)
+    head = heads[0]
+    graph.set_outputs([head.input(0)])
+    graph.kind = "encoder"
+    graph.module.graph.eliminate_dead_code()
+    read = {str(n.target) for n in graph.module.graph.nodes if n.op == "get_attr"}
+    for name in [name for name, info in graph.tensors().items() if name not in read and info.role == "head"]:
+        graph.remove_tensor(name)
+    graph.verify()
+    return graph
+
+
+def set_attention(graph: Graph, attention: Attention) -> Graph:
+    """Let tokens see those behind them too, or not, in place: in the masks, and in what goes without one."""
+    masks, cores = graph.sites("qc.attention_mask"), graph.sites("qc.attention")
+    if not masks or not cores:
+        raise QcError("the attention of this model is not one op", fix="leave attention: out")
+    for site in masks:
+        site.node.args = (site.node.args[0], attention, *site.node.args[2:])
+    for site in cores:
+        _set_causal(site.node, attention == "causal")
+    graph.verify()
+    return graph
+
+
+def _set_causal(core: fx.Node, causal: bool) -> None:
+    q, k, v, mask, scale, _, *rest = (*core.args, *(None,) * 6)[: max(6, len(core.args))]
+    core.args = (q, k, v, mask, scale, causal, *rest)

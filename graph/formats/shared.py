@@ -1,0 +1,43 @@
+"""Weights that a server multiplies as one: those of q, k and v, and those of gate and up, where they read the same.
+
+Of NVFP4 such weights have one global scale between them; a server that fuses them takes one for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from graph.core import Graph
+from graph.formats.format import has_data
+from graph.formats.scales_of import magnitudes
+from graph.sites import Site
+
+FUSED_ROLES = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"))
+"""The roles whose linears servers fuse."""
+
+
+def fused_weights(sites: Mapping[str, Site]) -> list[list[str]]:
+    """The weights that are fused, of those given by the linear that reads them; groups of two and more."""
+    groups: dict[tuple[fx.Node, int], list[str]] = {}
+    for weight, site in sites.items():
+        for number, roles in enumerate(FUSED_ROLES):
+            if site.op == "aten.linear" and site.role in roles:
+                groups.setdefault((site.input(0), number), []).append(weight)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def shared_largest(graph: Graph, sites: Mapping[str, Site]) -> dict[str, float]:
+    """The largest magnitude in all weights of a group, for every weight in one; nothing of a plan.
+
+    One weight is read at a time.
+    """
+    found: dict[str, float] = {}
+    for group in fused_weights(sites):
+        values = (graph.tensor(name).detach() for name in group)
+        largest = [magnitudes(w, w.shape[1]).amax() for w in values if has_data(w)]
+        if largest:
+            found |= dict.fromkeys(group, float(torch.stack(largest).amax()))
+    return found

@@ -1,0 +1,170 @@
+"""What ``config.json`` says of packed weights, through the libraries whose formats they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from graph import Graph, QcError
+from graph.dense import model_config
+from graph.formats import FourBit, Scaled
+from graph.tracing import on_meta
+from runtimes.serving.plan import Plan, form_of
+from runtimes.serving.settings import Serving
+
+LAYOUTS = {
+    "fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp8": "mxfp8-quantized",
+    "mxfp4": "mxfp4-pack-quantized", "int4": "pack-quantized", "int8": "int-quantized",
+}  # fmt: skip
+"""What compressed-tensors calls each layout."""
+
+_ALGORITHMS = {"channel": "FP8_PER_CHANNEL_PER_TOKEN", "static": "FP8", "block": "FP8_PB_WO"}
+"""What ModelOpt calls the schemes of FP8."""
+
+
+def library(settings: Serving) -> None:
+    """See that the library is there whose format is asked for."""
+    if settings.target == "nf4":
+        return
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError:
+        what = f"{settings.target} is written through compressed-tensors, which is not installed"
+        raise QcError(what, fix="pip install 'qc-compiler[serving]'") from None
+
+
+def quantization_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """The section of that name; ``dtype`` is that of what is not packed."""
+    settings, chosen = plan.settings, [part.module for part in plan.parts]
+    ignored = others(plan.graph, chosen)
+    if settings.target == "nf4":
+        return _bitsandbytes(plan, ignored, dtype)
+    if settings.dialect == "hf":
+        return {
+            "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ignored,
+        }  # fmt: skip
+    if settings.dialect == "modelopt":
+        return {"quant_method": "modelopt", **modelopt_config(plan), "producer": _PRODUCER}
+    return _compressed(plan, ignored)
+
+
+def others(graph: Graph, chosen: Iterable[str]) -> list[str]:
+    """The linears of the architecture that are left as they are, the head among them."""
+    model = on_meta(model_config(graph), "causal-lm" if graph.kind == "causal-lm" else "encoder", torch.float32)
+    taken = set(chosen)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in linears if name not in taken]
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Names of linears as ``re:`` targets, one for those that differ in the number of their block only."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        bare = (
+            re.escape(name)
+            if number is None
+            else rf"{re.escape(name[: number.start()])}#{re.escape(name[number.end() :])}"
+        )
+        found.setdefault(bare, []).extend([number.group()] if number else [])
+    shown = {
+        bare: numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+        for bare, numbers in found.items()
+        if numbers
+    }
+    return [f"re:^{bare.replace('#', shown.get(bare, '#'))}$" for bare in found]
+
+
+def _compressed(plan: Plan, ignored: list[str]) -> dict[str, Any]:
+    """Through the library's own classes, which say no to what they do not know."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+
+    settings = plan.settings
+    layout = layout_of(settings)
+    targets = patterns(part.module for part in plan.parts)
+    weights, inputs = arguments(plan)
+    scheme = QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=layout)
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=layout, ignore=ignored,
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(config.model_dump_json())
+    return found
+
+
+def layout_of(settings: Serving) -> str:
+    """The library's name of the layout. Without activations int8 is a stream of bits, as int4 is."""
+    if settings.target == "int8" and settings.inputs is None:
+        return "pack-quantized"
+    return LAYOUTS[settings.target]
+
+
+def arguments(plan: Plan) -> tuple[Any, Any]:
+    """The library's QuantizationArgs of weights and of inputs; None for inputs that stay as they are."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    settings, form = plan.settings, form_of(plan.settings)
+    assert isinstance(form, Scaled)
+    kind: dict[str, Any] = {"num_bits": form.element.bits, "type": "int" if form.kind.startswith("int") else "float"}
+    weights = QuantizationArgs(**kind, **_strategy(form))
+    if settings.inputs is None:
+        return weights, None
+    _, columns = settings.inputs
+    if settings.scheme == "static":
+        return weights, QuantizationArgs(**kind, strategy="tensor", dynamic=False)
+    if form.kind in ("nvfp4", "mxfp8", "mxfp4"):
+        dynamic = "local" if form.kind == "nvfp4" else True
+        return weights, QuantizationArgs(**kind, **_strategy(form), dynamic=dynamic)
+    if columns:
+        return weights, QuantizationArgs(**kind, strategy="group", group_size=columns, dynamic=True)
+    return weights, QuantizationArgs(**kind, strategy="token", dynamic=True)
+
+
+def _strategy(form: Scaled) -> dict[str, Any]:
+    if form.kind == "nvfp4":
+        return {"strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+    if form.kind in ("mxfp8", "mxfp4"):
+        return {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+    if form.rows > 1:
+        return {"strategy": "block", "block_structure": [form.rows, form.columns]}
+    if form.columns:
+        return {"strategy": "group", "group_size": form.columns}
+    return {"strategy": "channel" if form.rows else "tensor"}
+
+
+_PRODUCER = {"name": "qc", "version": "1"}
+
+
+def modelopt_config(plan: Plan) -> dict[str, Any]:
+    """What ModelOpt's readers want to know, of ``hf_quant_config.json`` its part ``quantization``."""
+    settings = plan.settings
+    algorithm = _ALGORITHMS.get(settings.scheme or "channel", "FP8")
+    if settings.target == "nvfp4":
+        algorithm = "NVFP4" if settings.inputs else "W4A16_NVFP4"
+    grouped = {"group_size": 16} if settings.target == "nvfp4" else {}
+    excluded = others(plan.graph, (part.module for part in plan.parts))
+    return {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded, **grouped}
+
+
+def hf_quant_config(plan: Plan) -> Mapping[str, Any]:
+    """The file of that name."""
+    return {"producer": _PRODUCER, "quantization": modelopt_config(plan)}
+
+
+def _bitsandbytes(plan: Plan, ignored: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    import transformers
+
+    library: Any = transformers  # BitsAndBytesConfig has no types
+    form = plan.parts[0].form
+    assert isinstance(form, FourBit)
+    config = library.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=form.double_quant,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=ignored,
+    )  # fmt: skip
+    found: dict[str, Any] = config.to_dict()
+    return found

@@ -1,0 +1,226 @@
+"""Which weights of a graph are written how.
+
+A graph that holds packed weights is written as it is: those, in the format that they have. Of any other graph all
+linears of its blocks are packed on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from graph import Graph, QcError, Site
+from graph.formats import (
+    Format,
+    FourBit,
+    Int8,
+    Scaled,
+    format_of,
+    packed_sites,
+    packed_tensors,
+    shared_largest,
+    weight_name,
+)
+from graph.formats.scaled import Kind
+from runtimes.serving.settings import BLOCK, Scheme, Serving
+
+_SHARED = {"block": (BLOCK, BLOCK), "tensor": (0, 0), "static": (0, 0)}
+"""The rows and columns that share a scale in each scheme of fp8; in the others it is a row."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight, and how it is written."""
+
+    name: str
+    linear: Site
+    """The linear that reads it."""
+
+    form: Format
+    packed: Site | None = None
+    """Where it is unpacked, if the graph holds it packed."""
+
+    rounded: Site | None = None
+    """Where what the linear reads is rounded already."""
+
+    @property
+    def module(self) -> str:
+        """The name of the linear in a checkpoint."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written of a graph."""
+
+    graph: Graph
+    settings: Serving
+    parts: tuple[Part, ...]
+    largest: Mapping[str, float]
+    """NVFP4: the largest magnitude of all weights that share the global scale of a weight that is packed yet."""
+
+    def sides(self, part: Part) -> dict[str, Tensor]:
+        """The packed weight."""
+        if part.packed is not None:
+            return packed_tensors(self.graph, part.packed)
+        form = part.form
+        if isinstance(form, Scaled):
+            form = replace(form, largest=self.largest.get(part.name))
+        return form.pack(self.graph.tensor(part.name).detach())
+
+    def planned(self, part: Part) -> dict[str, Tensor]:
+        """The same without values."""
+        if part.packed is None:
+            return part.form.pack(torch.empty(self.graph.shape(part.name), device="meta"))
+        names = (name.removeprefix(f"{part.name}.") for name in part.packed.tensors())
+        full = {suffix: f"{part.name}.{suffix}" for suffix in names}
+        return {
+            suffix: self.graph.tensor(name)  # bitsandbytes writes it as text, whose length is to be known
+            if suffix == "absmax_offset"
+            else torch.empty(self.graph.shape(name), dtype=self.graph.dtype_of(name), device="meta")
+            for suffix, name in full.items()
+        }
+
+    def shape(self, part: Part) -> tuple[int, int]:
+        """The weight's own, [out, in]."""
+        rows, columns = part.linear.input(1).meta["val"].shape
+        return int(rows), int(columns)
+
+
+def make_plan(graph: Graph, settings: Serving, scale_dtype: torch.dtype) -> tuple[Plan, list[QcError]]:
+    """The plan, and all that stands in its way. ``scale_dtype`` is that of float scales which are found yet."""
+    errors = list(settings.mistakes())
+    if errors:
+        return Plan(graph, settings, (), {}), errors
+    held = packed_sites(graph)
+    if held:
+        settings = _as_held(settings, held)
+        errors += _unfit(settings, held)
+        parts = [part for site in held for part in _held(graph, site, settings)] if not errors else []
+    else:
+        form = form_of(settings, scale_dtype)
+        parts = [Part(name, site, form) for name, site in _linears(graph)]
+        errors += [error for part in parts if (error := _misfit(graph, part))]
+    if not parts and not errors:
+        errors.append(QcError(f"the graph has no linears to write as {settings.target}", fix="export to safetensors"))
+    sites = {part.name: part.linear for part in parts if part.packed is None}
+    shared = shared_largest(graph, sites) if settings.target == "nvfp4" and not errors else {}
+    return Plan(graph, settings, tuple(parts), shared), errors
+
+
+def form_of(settings: Serving, scale_dtype: torch.dtype = torch.float32) -> Format:
+    """The format in which weights are packed that are not yet."""
+    if settings.target == "nf4":
+        return FourBit("nf4")
+    if settings.target == "fp8":
+        rows, columns = _SHARED.get(settings.scheme or "", (1, 0))
+        return Scaled("fp8", rows, columns, torch.float32 if settings.dialect != "compressed-tensors" else scale_dtype)
+    if settings.target == "int4":
+        return Scaled("int4", 1, settings.group or BLOCK, scale_dtype)
+    return Scaled(cast(Kind, settings.target), scale_dtype=scale_dtype)
+
+
+def _linears(graph: Graph) -> Iterator[tuple[str, Site]]:
+    """The weights that linears of blocks read, and nothing else does."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(node.users)
+    for site in graph.sites("aten.linear"):
+        weight = site.weight()
+        outside = site.block is None or site.role in ("embed", "head")
+        if weight is not None and not outside and set(readers[weight]) == {site.node}:
+            yield weight, site
+
+
+def _held(graph: Graph, site: Site, settings: Serving) -> Iterator[Part]:
+    """A weight that is packed already, by each linear that reads it."""
+    pending, seen = list(site.node.users), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        reader = Site(graph, node)
+        if reader.op == "aten.linear":
+            before = Site(graph, reader.input(0)) if reader.input(0).op == "call_function" else None
+            rounded = before if before is not None and before.op == "qc.fake_quantize_input" else None
+            form = format_of(site) if settings.target == "nf4" else form_of(settings)
+            yield Part(weight_name(site), reader, form, site, rounded)
+            return
+        pending += list(node.users) if reader.op == "aten.to.dtype" else []
+
+
+def _as_held(settings: Serving, held: list[Site]) -> Serving:
+    """The scheme of fp8 and the group of int4 are those of the graph, where none is asked for."""
+    form, shape = format_of(held[0]), held[0].value.shape
+    if not isinstance(form, Scaled):
+        return settings
+    if settings.target == "fp8" and settings.scheme is None:
+        schemes: tuple[Scheme, ...] = ("channel", "tensor", "block")
+        found = next((one for one in schemes if fits(replace(settings, scheme=one), form, shape)), None)
+        return replace(settings, scheme=found)
+    if settings.target == "int4" and settings.group is None:
+        return replace(settings, group=form.columns or None)
+    return settings
+
+
+def fits(settings: Serving, form: Format, shape: Sequence[int]) -> bool:
+    """Whether a checkpoint of this kind holds weights [out, in] of this format."""
+    if settings.target == "nf4":
+        return isinstance(form, FourBit) and form.kind == "nf4"
+    wanted = form_of(settings)
+    if not isinstance(form, Scaled) or not isinstance(wanted, Scaled) or form.kind != wanted.kind:
+        return False
+    return _sharing(form, shape) == _sharing(wanted, shape)
+
+
+def _sharing(form: Scaled, shape: Sequence[int]) -> tuple[int, int]:
+    """The rows and columns of such a weight that share a scale."""
+    return form.rows or shape[0], form.columns or shape[1]
+
+
+def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
+    """Packed weights of another format: written as this one they would lose twice."""
+    latent = [site for site in held if site.op.startswith("qc.fake_quantize")]
+    if latent:
+        what = f"{weight_name(latent[0])} is a float weight that is packed anew each time it is read"
+        yield QcError(what, site=latent[0].name, fix="add the pass freeze-q before the export")
+        return
+    wrong = [(site, format_of(site)) for site in held if not fits(settings, format_of(site), site.value.shape)]
+    if not wrong:
+        return
+    site, form = wrong[0]
+    scheme = f" with scheme {settings.scheme}" if settings.scheme else ""
+    more = f", and so do {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    what = f"{weight_name(site)} holds {form.name}{more}: as {settings.target}{scheme} it would be rounded twice"
+    same = isinstance(form, Scaled) and form.kind == settings.target
+    fix = "export without the option that differs" if same else _fix(form, settings.target)
+    yield QcError(what, site=site.name, fix=fix)
+
+
+def _fix(form: Format, target: str) -> str:
+    own = "nf4" if isinstance(form, FourBit) and form.kind == "nf4" else None
+    own = form.kind if isinstance(form, Scaled) else own
+    instead = f"export to {own}" if own in ("nf4", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8") else ""
+    again = f"add the pass dequantize before the export, which then rounds to {target}"
+    if instead:
+        return f"{instead}, or {again}"
+    return f"export to safetensors, or {again}" if not isinstance(form, Int8) else again
+
+
+def _misfit(graph: Graph, part: Part) -> QcError | None:
+    """A weight of a shape, or of a kind of layer, that the format does not know."""
+    if graph.info(part.name).transposed:
+        what = f"{part.name} lies the other way round in its checkpoint, which servers do not read packed"
+        return QcError(what, site=part.linear.name, fix="export to safetensors")
+    problem = part.form.problem(part.name, graph.shape(part.name))
+    if problem is not None:
+        problem.site = part.linear.name
+        fix = "pack the others with quantize-base, which leaves out what its select does not name"
+        problem.fix = f"{fix}, or take another scheme" if isinstance(part.form, Scaled) and part.form.rows != 1 else fix
+    return problem

@@ -1,0 +1,97 @@
+"""Graphs that are packed already, whole or in part, and what the files of an export hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graph.weights import read_header
+from passes.quantize_base import QuantizeBase
+from passes.runner import apply
+from runtimes.serving.config import patterns
+from runtimes.verify import verify
+from tests.runtimes.serving.models import Case, exported, graph, same_process
+
+__all__ = ["same_process"]
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return {name: s for path in folder.glob("*.safetensors") for name, s in read_header(path).items()}
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("options", "target", "names"),
+    [
+        ({"scheme": "fp8"}, "fp8", ["weight", "weight_scale"]),
+        ({"scheme": "fp8", "share": "block"}, "fp8", ["weight", "weight_scale"]),
+        ({"scheme": "nvfp4"}, "nvfp4", ["input_global_scale", "weight_global_scale", "weight_packed", "weight_scale"]),
+        ({"scheme": "mxfp4"}, "mxfp4", ["weight_packed", "weight_scale"]),
+        ({"scheme": "int4", "block": 64}, "int4", ["weight_packed", "weight_scale", "weight_shape"]),
+        ({"scheme": "nf4", "double_quant": True}, "nf4",
+         ["weight", "weight.absmax", "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map",
+          "weight.quant_state.bitsandbytes__nf4"]),
+    ],
+)  # fmt: skip
+def test_a_packed_graph_is_written_as_it_is(options: Any, target: str, names: list[str], tmp_path: Path) -> None:
+    packed = graph()
+    apply(QuantizeBase(**options), packed)
+    out = exported(tmp_path / "out", Case(target), packed)
+    found = verify(out, packed)
+    assert found.passed, found.table()
+    assert found.figures()["max_difference"] == 0.0
+    module = "model.layers.1.mlp.up_proj."
+    header = stored(out)
+    assert sorted(name.removeprefix(module) for name in header if name.startswith(module)) == names
+    codes = header[module + names[-2 if target in ("fp8", "nvfp4", "mxfp4") else 0]]
+    assert codes.load().view(torch.uint8).flatten().equal(packed.tensor(module + "weight.indices").flatten())
+
+
+@pytest.mark.usefixtures("same_process")
+def test_of_a_graph_packed_in_part_the_rest_stays_as_it_is(tmp_path: Path) -> None:
+    from graph import Selector
+
+    packed = graph()
+    apply(QuantizeBase(select=Selector(role="mlp.*"), scheme="fp8"), packed)
+    out = exported(tmp_path / "out", Case("fp8"), packed)
+    found = verify(out, packed)
+    assert found.passed, found.table()
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert said["config_groups"]["group_0"]["targets"] == [
+        r"re:^model\.layers\.(0|1)\.mlp\.gate_proj$", r"re:^model\.layers\.(0|1)\.mlp\.up_proj$",
+        r"re:^model\.layers\.(0|1)\.mlp\.down_proj$",
+    ]  # fmt: skip
+    assert said["ignore"][-1] == "lm_head"
+    assert "model.layers.0.self_attn.q_proj" in said["ignore"]
+
+
+def test_names_of_linears_become_one_pattern_where_only_the_block_differs() -> None:
+    assert patterns(["model.layers.0.a", "model.layers.11.a", "model.layers.3.b", "head"]) == [
+        r"re:^model\.layers\.(0|11)\.a$", r"re:^model\.layers\.3\.b$", "re:^head$",
+    ]  # fmt: skip
+
+
+def test_weights_that_servers_fuse_share_their_global_scale(tmp_path: Path) -> None:
+    header = stored(exported(tmp_path / "out", Case("nvfp4", {"weight_only": True})))
+    for block in range(2):
+        for fused in (("self_attn", "q", "k", "v"), ("mlp", "gate", "up")):
+            names = [f"model.layers.{block}.{fused[0]}.{end}_proj.weight_global_scale" for end in fused[1:]]
+            assert len({float(header[name].load()) for name in names}) == 1
+
+
+def test_scales_are_rounded_to_the_dtype_of_the_rest_before_codes_are_found(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    for dtype, wanted in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
+        assert stored(exported(tmp_path / dtype, Case("fp8", {}, dtype)))[name].dtype is wanted
+
+
+def test_inputs_that_one_value_feeds_have_one_scale_and_it_is_their_range(tmp_path: Path) -> None:
+    out = exported(tmp_path / "out", Case("fp8", {"scheme": "static"}))
+    header, seen = stored(out), json.loads((out / "qc-export.json").read_text())["inputs"]
+    scales = {end: float(header[f"model.layers.1.self_attn.{end}_proj.input_scale"].load()) for end in "qkvo"}
+    assert scales["q"] == scales["k"] == scales["v"] != scales["o"]
+    assert scales["q"] == pytest.approx(seen["model.layers.1.self_attn.q_proj"] / 448)
