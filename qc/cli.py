@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from qc import cli_looking
+from qc.cli_options import RUNS, ArtifactArg, Batch, Batches, Json, Length, RecipeArg, RunArg, Runs, Set, Text
 from qc.packages import expect_own_packages
 
 app = typer.Typer(
@@ -27,16 +29,6 @@ recipes_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The
 app.add_typer(recipes_app, name="recipes")
 cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="What is worked out once and kept on disk.")
 app.add_typer(cache_app, name="cache")
-
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-RunArg = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder; without it, the latest run.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set train.steps=100 --set add-lora.rank=8."),
-]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
-Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -75,7 +67,7 @@ def export(
         typer.Option(
             "--target",
             "-t",
-            help="safetensors, ane, onnx, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
+            help="safetensors, ane, onnx, gguf, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
         ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
@@ -202,17 +194,15 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    artifact: Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="An artifact or a run.")] = None,
+    artifact: ArtifactArg = None,
     reference: Annotated[
         str | None,
         typer.Option(help="A model folder or artifact to compare with; without it, the model it was made of."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="python-stdlib, or a glob of text files; without it, the recipe's.")
-    ] = None,
-    batches: Annotated[int, typer.Option(help="Batches to read.")] = 16,
-    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    data: Text = None,
+    batches: Batches = 16,
+    batch: Batch = 8,
+    length: Length = 128,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -307,6 +297,10 @@ def copy_recipe(
 
     with explained():
         print(copy(name, to))
+
+
+for _looks in (cli_looking.assess, cli_looking.quality):
+    app.command()(_looks)
 
 
 def main() -> None:

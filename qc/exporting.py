@@ -95,6 +95,7 @@ def export_artifact(
             force=force,
             **_calibrated(wanted, loaded, text),
             **wanted.options(),
+            **({"about": {"reports": loaded.manifest["reports"]}} if wanted.target == "ternary" else {}),
         )
         tell(f"wrote {report.folder}: {size(report.bytes)}")
     found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
@@ -118,7 +119,8 @@ def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
             f"{folder} does not compute what {loaded.folder} computes",
             fix="see the table; remove the export and export again",
         )
-    return {key: report.figures()[key] for key in ("export/psnr_db", "top1")}
+    kept = ("export/psnr_db", "top1", "dequant_fidelity")
+    return {key: value for key, value in report.figures().items() if key in kept}
 
 
 def export_newest(
