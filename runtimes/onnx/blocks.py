@@ -58,10 +58,11 @@ def lora(low: Lowering, node: fx.Node) -> Result:
     """``y + s B A x``, A and B rounded to the dtype of y."""
     from graph.lora import scale_of
 
-    y, x, a, b, alpha = node.args[:5]
+    y, x, a, b = node.args[:4]
+    alpha: Any = node.args[4]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     dtype, rank = dtype_of(node), int(tensor_of(a).shape[0])
-    scale = scale_of(float(alpha), rank, bool(given(node, 5, "rslora", False)))  # type: ignore[arg-type]
+    scale = scale_of(float(alpha), rank, bool(given(node, 5, "rslora", False)))
     inner = low.op("MatMul", low.operand(x, dtype), low.cast(turned_weight(low, a), dtype_of(a), dtype))
     outer = low.op("MatMul", inner, low.cast(turned_weight(low, b), dtype_of(b), dtype))
     return low.op("Add", low.value(y), low.op("Mul", outer, low.number(scale, dtype)))
@@ -147,7 +148,7 @@ def attention_mask(low: Lowering, node: fx.Node) -> Result:
     """True where a query sees a key: not padding, near, of its own document."""
     cached = op_name(node.target) == "qc.cached_attention_mask"
     source, more = node.args[0], node.args[2 if cached else 1 :]
-    kind, window = [*more, *("causal", None)[len(more) :]]
+    kind, window = more[0] if more else "causal", more[1] if len(more) > 1 else None
     assert isinstance(source, fx.Node)
     queries = keys = low.value(source)
     start = low.numbers(0)
@@ -208,12 +209,12 @@ def _attend(low: Lowering, qkv: Any, mask: Any, scale: Any, causal: bool, softca
     factor = tensor_of(q).shape[-1] ** -0.5 if scale is None else float(scale)
     queries = low.op("Mul", low.value(q), low.number(factor, dtype))
     keys, values = low.value(k), low.value(v)
-    last = (0, 1, 3, 2)
+    last: tuple[int, ...] = (0, 1, 3, 2)
     if groups > 1:
         kv = int(tensor_of(k).shape[1])
         queries = low.reshape(queries, [0, kv, groups, -1, int(tensor_of(q).shape[-1])])
         keys, values = (low.op("Unsqueeze", value, low.numbers(2)) for value in (keys, values))
-        last = (0, 1, 2, 4, 3)  # type: ignore[assignment]
+        last = (0, 1, 2, 4, 3)
     scores = low.op("MatMul", queries, low.transpose(keys, last))
     if softcap is not None:
         cap = low.number(float(softcap), dtype)

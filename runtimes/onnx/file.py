@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from graph import QcError
 from runtimes.onnx.program import IR, OPSET, Held, Port, Program
 
@@ -115,7 +117,7 @@ def _parts(tensors: list[Held], max_file: int) -> Iterator[list[Held]]:
 def _write(held: Held, file: BinaryIO) -> None:
     before = file.tell()
     value = held.load()
-    file.write(value if isinstance(value, bytes) else memoryview(value.reshape(-1)).cast("B"))
+    file.write(value if isinstance(value, bytes) else value.reshape(-1).view(np.uint8).data)
     assert file.tell() - before == held.bytes, f"{held.name} has {file.tell() - before} bytes, not {held.bytes}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def index(low: Lowering, node: fx.Node) -> Result:
     """Values at places that tensors give, along the first axes; masks select no values here."""
     source, places = node.args[0], node.args[1]
     assert isinstance(source, fx.Node) and isinstance(places, (list, tuple))
-    used = [place for place in places if place is not None]
+    used: list[Any] = [place for place in places if place is not None]
     if any(dtype_of(place) is torch.bool for place in used):
         raise unlowered(node, "by a mask")
     if len(used) == 1:

@@ -124,8 +124,8 @@ def _outputs(low: Lowering, kv: bool) -> None:
     """Name the results; with ``kv``, all keys and values beside them."""
     low.site = "outputs"
     base = OUTPUTS[low.graph.kind]
-    for number, node in enumerate(low.graph.output_nodes()):
-        name = base if not number else f"{base}.{number + 1}"
+    for at, node in enumerate(low.graph.output_nodes()):
+        name = base if not at else f"{base}.{at + 1}"
         _result(low, name, low.value(node), node)
     for site in low.graph.sites("qc.update_cache") if kv else ():
         _, what, number = str(site.input(1).target).split("_")

@@ -114,6 +114,8 @@ def softplus(low: Lowering, node: fx.Node) -> Result:
 def clamp(low: Lowering, node: fx.Node) -> Result:
     """Between two numbers, either of which may be missing."""
     op, dtype = op_name(node.target), dtype_of(node)
+    least: Any
+    most: Any
     if op == "aten.relu6":
         least, most = 0, 6
     elif op == "aten.hardtanh":
@@ -244,9 +246,10 @@ def where(low: Lowering, node: fx.Node) -> Result:
 def masked_fill(low: Lowering, node: fx.Node) -> Result:
     """A number where the mask is true."""
     dtype = dtype_of(node)
-    value, mask, fill = node.args[:3]
-    if not isinstance(fill, fx.Node) and not math.isfinite(float(fill)):  # type: ignore[arg-type]
-        fill = math.copysign(torch.finfo(dtype).max, float(fill))  # type: ignore[arg-type]
+    value, mask = node.args[:2]
+    fill: Any = node.args[2]
+    if not isinstance(fill, fx.Node) and not math.isfinite(fill):
+        fill = math.copysign(torch.finfo(dtype).max, fill)
     return low.op("Where", low.value(mask), low.operand(fill, dtype), low.operand(value, dtype))
 
 

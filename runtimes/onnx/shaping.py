@@ -71,18 +71,18 @@ def permute(low: Lowering, node: fx.Node) -> Result:
     """Axes in another order."""
     source, op = node.args[0], op_name(node.target)
     assert isinstance(source, fx.Node)
-    rank = rank_of(source)
+    rank, said = rank_of(source), node.args[1:]
     order = list(range(rank))
     if op == "aten.permute":
-        asked: Any = node.args[1]
+        asked: Any = said[0]
         order = [int(axis) % rank for axis in asked]
     elif op == "aten.movedim.int":
-        at, to = (axis_of(source, int(axis)) for axis in node.args[1:3])  # type: ignore[arg-type]
+        at, to = (axis_of(source, axis) for axis in said[:2] if isinstance(axis, int))
         order.insert(to, order.pop(at))
     elif op in ("aten.t", "aten.numpy_T"):
         order.reverse()
     else:
-        a, b = (axis_of(source, int(axis)) for axis in node.args[1:3])  # type: ignore[arg-type]
+        a, b = (axis_of(source, axis) for axis in said[:2] if isinstance(axis, int))
         order[a], order[b] = order[b], order[a]
     return low.transpose(low.value(source), order)
 
@@ -99,7 +99,8 @@ def squeeze(low: Lowering, node: fx.Node) -> Result:
     """Without axes of size 1."""
     source, asked = node.args[:2]
     assert isinstance(source, fx.Node)
-    axes = [axis_of(source, int(a)) for a in (asked if isinstance(asked, (list, tuple)) else [asked])]  # type: ignore[arg-type]
+    listed = asked if isinstance(asked, (list, tuple)) else [asked]
+    axes = [axis_of(source, axis) for axis in listed if isinstance(axis, int)]
     axes = [axis for axis in axes if fixed(source, axis) == 1]
     return low.op("Squeeze", low.value(source), low.numbers(*axes)) if axes else low.value(source)
 
