@@ -16,6 +16,7 @@ from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.formats import (
     Lut,
+    Ternary,
     dense_value,
     format_of,
     packed_sites,
@@ -216,7 +217,7 @@ def likeness(graph: Graph, packed: Site, weight: Tensor) -> tuple[float, float, 
     Levels and scales of a LUT weight may have been trained since, so of it the signs are compared.
     """
     form, sides = format_of(packed), packed_tensors(graph, packed)
-    if isinstance(form, Lut):
+    if isinstance(form, (Lut, Ternary)):
         signs = unpack(form, sides, torch.float32).sign() == weight.float().sign()
         return float(signs.double().mean()), SAME_SIGNS, "signs"
     codes, again = sides["indices"], form.pack(weight)["indices"]

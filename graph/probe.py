@@ -73,6 +73,12 @@ def vocabulary(graph: Graph) -> int:
     return int(graph.config.get("vocab_size", 2))
 
 
+def padding_tokens(graph: Graph) -> set[int]:
+    """The tokens that stand for padding, by the configuration or a table: some models number positions past them."""
+    tables = (site.node.args[2] for site in graph.sites("aten.embedding") if site.node.args[2:])
+    return {token for token in (graph.config.get("pad_token_id"), *tables) if isinstance(token, int)}
+
+
 def run(graph: Graph, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """The outputs in evaluation mode, without gradients."""
     with torch.no_grad():

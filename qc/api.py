@@ -60,7 +60,7 @@ def export(
 ) -> Path:
     """Write an artifact for another runtime, load it back in a fresh process and compare; the folder written.
 
-    ``options`` are those of the target: chip, context, prefill, kv, chunks, lengths and dense_prefill of ``ane``.
+    ``options`` are those of the target: chip, context, prefill, kv, chunks, lengths, dense_prefill, memory of ``ane``.
 
     Raises QcError where the target cannot take the graph, and VerificationFailed where the export computes otherwise.
     """

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from qc import cli_looking
+from qc.cli_options import RUNS, ArtifactArg, Batch, Batches, Json, Length, RecipeArg, RunArg, Runs, Set, Text
 from qc.packages import expect_own_packages
 
 app = typer.Typer(
@@ -27,16 +29,6 @@ recipes_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="The
 app.add_typer(recipes_app, name="recipes")
 cache_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="What is worked out once and kept on disk.")
 app.add_typer(cache_app, name="cache")
-
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
-RunArg = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder; without it, the latest run.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set train.steps=100 --set add-lora.rank=8."),
-]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
-Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -73,7 +65,9 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            "--target", "-t", help="safetensors, ane, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4."
+            "--target",
+            "-t",
+            help="safetensors, ane, onnx, gguf, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
         ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
@@ -87,7 +81,7 @@ def export(
     chip: Annotated[str | None, typer.Option(help="ane: chips and system, as m1-macos15.")] = None,
     context: Annotated[int | None, typer.Option(help="ane: tokens that the cache holds.")] = None,
     prefill: Annotated[int | None, typer.Option(help="ane: tokens read at once from a prompt; 0: one.")] = None,
-    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io.")] = None,
+    kv: Annotated[str | None, typer.Option(help="ane: cache as state_slice, state_blend or io; onnx: true.")] = None,
     chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
     scheme: Annotated[str | None, typer.Option(help="fp8: channel, tensor, block or static.")] = None,
     weight_only: Annotated[
@@ -117,11 +111,18 @@ def run(recipe: RecipeArg, set: Set = None, runs: Runs = RUNS, json: Json = Fals
 
 
 @app.command()
-def check(recipe: RecipeArg, set: Set = None, json: Json = False) -> None:
+def check(
+    recipe: RecipeArg,
+    set: Set = None,
+    server: Annotated[
+        str | None, typer.Option(help="What shall load the exports: transformers, vllm, sglang or tensorrt-llm.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Find every mistake of a recipe at once, in seconds. The model is captured without weights; none are read."""
     from qc.commands import check_command
 
-    check_command(recipe, set or [], json)
+    check_command(recipe, set or [], server, json)
 
 
 @app.command()
@@ -158,7 +159,9 @@ def generate(
     ] = False,
     artifact: Annotated[
         str | None,
-        typer.Option(help="An artifact, a run, or an export for the Neural Engine; without it, the latest run."),
+        typer.Option(
+            help="An artifact, a run, or an export for the Neural Engine or ONNX Runtime; without it, the latest run."
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that hold this share.")] = 1.0,
@@ -179,7 +182,8 @@ def generate(
 ) -> None:
     """Generate text with a KV cache, streamed as it comes.
 
-    An export for the Neural Engine answers itself: its packages are read and computed as an app would use them.
+    An export for the Neural Engine answers itself: its packages are read and computed as an app would use them. So does
+    one for ONNX Runtime that was made with --kv true.
     """
     from qc.commands import generate_command
 
@@ -190,17 +194,15 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    artifact: Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="An artifact or a run.")] = None,
+    artifact: ArtifactArg = None,
     reference: Annotated[
         str | None,
         typer.Option(help="A model folder or artifact to compare with; without it, the model it was made of."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="python-stdlib, or a glob of text files; without it, the recipe's.")
-    ] = None,
-    batches: Annotated[int, typer.Option(help="Batches to read.")] = 16,
-    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    data: Text = None,
+    batches: Batches = 16,
+    batch: Batch = 8,
+    length: Length = 128,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -295,6 +297,10 @@ def copy_recipe(
 
     with explained():
         print(copy(name, to))
+
+
+for _looks in (cli_looking.assess, cli_looking.quality):
+    app.command()(_looks)
 
 
 def main() -> None:

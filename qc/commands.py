@@ -77,17 +77,17 @@ def run_command(source: str, overrides: list[str], runs: Path, as_json: bool) ->
         result({"run": str(run.folder), "steps": run.measured()}, as_json, lambda: summary(run))
 
 
-def check_command(source: str, overrides: list[str], as_json: bool) -> None:
+def check_command(source: str, overrides: list[str], server: str | None, as_json: bool) -> None:
     """``qc check``."""
     with explained(as_json):
-        recipe, graph = _checked(source, overrides, as_json)
+        recipe, graph = _checked(source, overrides, as_json, server)
         counts = {"sites": len(graph.sites()), "tensors": len(graph.tensors()), "blocks": graph.blocks}
         stored = size(stored_bytes(graph))
         text = f"{recipe.file.name} is fine: {counts['sites']} ops, {counts['blocks']} blocks, {stored} when compiled"
         result({"ok": True, **counts, "bytes": stored_bytes(graph)}, as_json, lambda: text)
 
 
-def _checked(source: str, overrides: list[str], each: bool) -> tuple[Any, Any]:
+def _checked(source: str, overrides: list[str], each: bool, server: str | None = None) -> tuple[Any, Any]:
     """A recipe and the graph that it would give. Raises all its mistakes, those of the text and those of shapes.
 
     Unless ``each`` is asked for, a mistake that many sites share is told once.
@@ -100,7 +100,7 @@ def _checked(source: str, overrides: list[str], each: bool) -> tuple[Any, Any]:
         from qc.compiling import plan
 
         try:
-            graph, more = plan(recipe)
+            graph, more = plan(recipe, server=server)
             errors += more
         except QcError as error:  # the model itself; what the passes would meet is not known
             errors += error.errors if isinstance(error, QcErrors) else [error]

@@ -15,6 +15,7 @@ from qc.models import DTYPES as DTYPES
 from qc.models import ONLY, Workshop, capture_all, models_of, named, source_of, tokenizers
 from qc.runs import Run, code_digest, link_tree, texts, write_text
 from recipes.schema import PassStep, Recipe, Stage
+from recipes.settings import Export
 
 Tell = Callable[[str], None]
 
@@ -92,7 +93,7 @@ def _compile(
         "recipe.lock.yaml": lock_text(recipe),
         "passes/00-start.txt": str(workshop),
     }
-    read = _reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
+    read = text_reader(recipe, texts_in, lambda: load_tokenizer(tokenizer, named(recipe)))
     reports = _rewrite(workshop, recipe, stage, read, check, tell, written)
     about = {
         "kind": "compiled", "model": named(recipe), "recipe": recipe.name, "stage": stage.name, "reports": reports,
@@ -146,7 +147,7 @@ def _rewrite(
     return reports
 
 
-def _reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
+def text_reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
     """Batches of the text that a pass asks for, of documents that are trained on, never of those held out."""
 
     def read(data: Any, tokens: int, length: int, batch: int) -> Iterator[dict[str, Any]]:
@@ -204,10 +205,10 @@ def _dry_run(workshop: Workshop, step: PassStep, folders: dict[str, str]) -> Non
     )
 
 
-def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
+def plan(recipe: Recipe, until: str | None = None, server: str | None = None) -> tuple[Any, list[QcError]]:
     """The graph that a recipe would give, without weights, and all mistakes that shapes show. Nothing is computed.
 
-    ``until`` is the last stage to take part; without it, all do.
+    ``until`` is the last stage to take part; without it, all do. ``server`` is one that shall load the exports.
     """
     from runtimes.export import obstacles
 
@@ -232,7 +233,33 @@ def plan(recipe: Recipe, until: str | None = None) -> tuple[Any, list[QcError]]:
             break  # what should have joined them is among the mistakes
         for wanted in stage.export:
             errors += obstacles(wanted.target, workshop.graph, wanted.numbers, wanted.options())
+            errors += _refused(server, workshop.graph, wanted) if server is not None else ()
+    if server is not None:
+        errors += _unserved(server, recipe)
     return next(iter(workshop.graphs.values())) if errors else workshop.graph, errors
+
+
+def _refused(server: str, graph: Any, wanted: Export) -> list[QcError]:
+    """Why a server would not load an export; of dense floats there is nothing to say."""
+    from runtimes.serving.settings import TARGETS
+
+    if wanted.target not in TARGETS:
+        return []
+    from runtimes.export._serving import settings_of
+    from runtimes.serving.rules import refusals
+
+    options = {key: value for key, value in wanted.options().items() if key != "calibration"}
+    return list(refusals(server, graph, settings_of(wanted.target, **options)))
+
+
+def _unserved(server: str, recipe: Recipe) -> list[QcError]:
+    """Raises QcError for a server that is not known; an error where nothing is exported that it could load."""
+    from runtimes.serving.rules import load_server
+
+    title = load_server(server).title
+    if any(wanted.target != "ane" for stage in recipe.plan() for wanted in stage.export):
+        return []
+    return [QcError(f"the recipe exports nothing that {title} loads", fix="add export: [{target: fp8}]")]
 
 
 def _stages(recipe: Recipe, until: str | None) -> tuple[Stage, ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graph.artifact import Artifact, load
 from graph.errors import QcError
-from qc.compiling import compile_stage, stage_name, step_name
+from qc.compiling import compile_stage, stage_name, step_name, text_reader
 from qc.console import VerificationFailed, size
 from qc.measuring import folder_bytes
 from qc.runs import Run, find_artifact, find_run
@@ -20,21 +20,63 @@ from runtimes.export import homes_of, options_of
 
 Tell = Callable[[str], None]
 
+Text = Callable[[Any, int], Iterator[dict[str, Any]]]
+"""Batches of so many tokens of a text, for a tokenizer."""
+
+CALIBRATION = 1024
+"""Tokens on which ranges of inputs are found, where nothing is said."""
+
 
 def export_stage(
     run: Run, stage: Stage, wanted: Export, artifact: Path, tell: Tell, verify: bool = True
 ) -> dict[str, Any]:
     """Export an artifact, load that back in a fresh process, compare; what was exported before is checked again."""
     folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
-    found = export_artifact(artifact, wanted, folder, tell, verify)
+    found = export_artifact(artifact, wanted, folder, tell, verify, text=_text(run, stage))
     run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
     return found
 
 
+def _text(run: Run, stage: Stage) -> Text | None:
+    """The text that the recipe trains or evaluates on, of this stage or of the last one before it that has any."""
+    recipe, found = run.recipe(), None
+    for one in recipe.plan():
+        for part in (one.train, one.evaluate):
+            found = part.data if part is not None and part.data is not None else found
+        if one.name == stage.name:
+            break
+    if found is None:
+        return None
+    cache = run.folder.parent.parent / ".cache" / "tokens"
+    return lambda tokenizer, tokens: text_reader(recipe, cache, lambda: tokenizer)(found, tokens, 128, 8)
+
+
+def _calibrated(wanted: Export, loaded: Artifact, text: Text | None) -> dict[str, Any]:
+    """Rows of tokens of the recipe's own text, for a target whose inputs have ranges; it has others without them."""
+    if text is None or loaded.tokenizer is None or "calibration" not in options_of(wanted.target):
+        return {}
+    from runtimes.export._serving import settings_of
+
+    options = wanted.options()
+    tokens = options.pop("calibration", CALIBRATION)
+    if not settings_of(wanted.target, **options).calibrated:  # type: ignore[arg-type]
+        return {}
+    return {"rows": [batch["input_ids"] for batch in text(loaded.load_tokenizer(), tokens)]}
+
+
 def export_artifact(
-    artifact: Path, wanted: Export, folder: Path, tell: Tell, verify: bool = True, force: bool = False
+    artifact: Path,
+    wanted: Export,
+    folder: Path,
+    tell: Tell,
+    verify: bool = True,
+    force: bool = False,
+    text: Text | None = None,
 ) -> dict[str, Any]:
-    """Write an artifact for another runtime; what was exported before stays, unless ``force`` replaces it."""
+    """Write an artifact for another runtime; what was exported before stays, unless ``force`` replaces it.
+
+    ``text`` is what ranges of inputs are found on, where there is any of the recipe's own.
+    """
     from runtimes.export import ABOUT, find
 
     start = time.perf_counter()
@@ -51,7 +93,9 @@ def export_artifact(
             max_shard=_bytes_of(wanted.max_shard_size),
             tokenizer=loaded.tokenizer,
             force=force,
+            **_calibrated(wanted, loaded, text),
             **wanted.options(),
+            **({"about": {"reports": loaded.manifest["reports"]}} if wanted.target == "ternary" else {}),
         )
         tell(f"wrote {report.folder}: {size(report.bytes)}")
     found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
@@ -75,7 +119,8 @@ def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
             f"{folder} does not compute what {loaded.folder} computes",
             fix="see the table; remove the export and export again",
         )
-    return {key: report.figures()[key] for key in ("export/psnr_db", "top1")}
+    kept = ("export/psnr_db", "top1", "dequant_fidelity")
+    return {key: value for key, value in report.figures().items() if key in kept}
 
 
 def export_newest(
@@ -97,7 +142,9 @@ def export_newest(
 
     find(target)
     _check(target, dtype, options or {})
-    asked: dict[str, Any] = {key: value for key, value in (options or {}).items() if value is not None}
+    asked: dict[str, Any] = {
+        key: _SAID.get(value, value) for key, value in (options or {}).items() if value is not None
+    }
     if given is not None and (Path(given) / "manifest.json").is_file():
         wanted = Export(target=target, dtype=dtype, **asked)  # type: ignore[arg-type]
         folder = out or Path(given).parent / f"export-{target}-{wanted.numbers}"
@@ -108,9 +155,13 @@ def export_newest(
     said = next((e for s in recipe.plan() for e in s.export if e.target == target and dtype in (None, e.numbers)), None)
     wanted = replace(said or Export(target=target, dtype=dtype), **asked)  # type: ignore[arg-type]
     folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
-    found = export_artifact(artifact, wanted, folder, tell, verify, force)
+    found = export_artifact(artifact, wanted, folder, tell, verify, force, _text(run, stage))
     run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
     return found
+
+
+_SAID: dict[Any, Any] = {"true": True, "false": False}
+"""Values as the command line gives them -> as a recipe has them."""
 
 
 def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -243,16 +243,11 @@ def evaluate_artifact(
 ) -> dict[str, float]:
     """``qc eval``: an artifact against a reference, a model folder or artifact; without one, the model it came from."""
     from graph import capture
-    from recipes.load import load as load_recipe
     from runtimes.evaluate import evaluate
 
     loaded = load(folder)
-    wanted = Evaluate(data=_source(data or "python-stdlib"), batches=batches, batch=batch, length=length)
-    near = next((p for p in folder.resolve().parents if (p / "run.json").is_file()), None)
-    recipe = Run(near).recipe() if near is not None else load_recipe("fp16", [f"model={loaded.manifest['model']}"])
-    if data is None and near is not None and any(s.train or s.evaluate for s in recipe.plan()):
-        said = next((s.evaluate for s in reversed(recipe.plan()) if s.evaluate and s.evaluate.data), None)
-        wanted = Evaluate(data=said.data if said else None, batches=batches, batch=batch, length=length)
+    given = None if data is None else source_of(data)
+    recipe, wanted = text_of(folder, loaded, Evaluate(data=given, batches=batches, batch=batch, length=length))
     against = reference or str(loaded.manifest["model"])
     if (Path(against) / "manifest.json").is_file():
         other = load(Path(against)).graph.materialize()
@@ -267,5 +262,20 @@ def evaluate_artifact(
     }
 
 
-def _source(text: str) -> Data:
+def text_of(folder: Path, loaded: Artifact, wanted: Evaluate) -> tuple[Recipe, Evaluate]:
+    """The recipe whose text an artifact is measured on, and what to measure on: the given data, or the recipe's."""
+    from recipes.load import load as load_recipe
+
+    near = next((p for p in folder.resolve().parents if (p / "run.json").is_file()), None)
+    recipe = Run(near).recipe() if near is not None else load_recipe("fp16", [f"model={loaded.manifest['model']}"])
+    if wanted.data is not None:
+        return recipe, wanted
+    if near is None or not any(s.train or s.evaluate for s in recipe.plan()):
+        return recipe, replace(wanted, data=PythonStdlib())
+    said = next((s.evaluate for s in reversed(recipe.plan()) if s.evaluate and s.evaluate.data), None)
+    return recipe, replace(wanted, data=said.data if said else None)
+
+
+def source_of(text: str) -> Data:
+    """What ``--data`` says."""
     return PythonStdlib() if text == "python-stdlib" else TextFiles(text=text)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from graph.artifact import load_tokenizer
+from qc.assessing import assess_stage, audit_stage
 from qc.caching import make_cache
 from qc.compiling import compile_stage
 from qc.console import size, table
 from qc.exporting import export_stage
 from qc.measuring import check_gates, evaluate_stage, folder_bytes, measure, weights_of
 from qc.runs import Run
-from qc.training import start_of, train_stage
+from qc.training import spare_stage, start_of, train_stage
 from recipes.metrics import EXPORTED
 from recipes.schema import Recipe
 from runtimes.settings import Evaluate
@@ -23,7 +24,7 @@ Tell = Callable[[str], None]
 
 
 def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
-    """Every stage in order: passes, training, figures, gates, exports."""
+    """Every stage in order: passes, a look at gradients and text, training, figures, gates, exports."""
     began = time.perf_counter()
     artifact: Path | None = None
     done: dict[str, Path] = {}
@@ -36,8 +37,12 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
         artifact = compile_stage(run, recipe, stage, parent, tell=tell)
         if stage.evaluate is not None:
             evaluate_stage(run, recipe, stage, "compiled", artifact, tell)
+        if stage.audit is not None:
+            audit_stage(run, recipe, stage, artifact, tell)
+        if stage.assess is not None:
+            assess_stage(run, recipe, stage, artifact, tell)
         if stage.train is not None:
-            artifact = train_stage(run, recipe, stage, tell=tell)
+            artifact = spare_stage(run, stage, artifact, tell) or train_stage(run, recipe, stage, tell=tell)
             if stage.evaluate is not None:
                 evaluate_stage(run, recipe, stage, "trained", artifact, tell)
         done[stage.name] = artifact

@@ -14,6 +14,8 @@ from qc.runs import find_artifact
 from runtimes.context import with_context
 from runtimes.coreml.meta import is_export
 from runtimes.generate import Generator, ends
+from runtimes.onnx.session import Decoder as OnnxDecoder
+from runtimes.onnx.session import is_onnx
 from runtimes.sampling import Sampling
 
 
@@ -44,7 +46,7 @@ def open_speaker(
     chat: bool,
     context: Sequence[Path] = (),
 ) -> Speaker:
-    """A speaker of an artifact or a run, or of an export for the Neural Engine, which computes in ``mode``.
+    """A speaker of an artifact or a run, or of an export: one for the Neural Engine computes in ``mode``.
 
     ``context`` are files that a model with an encoder may look things up in.
     """
@@ -55,6 +57,10 @@ def open_speaker(
         return Speaker(_of_export(export, mode or "fp32"), sampling, chat)
     if mode is not None:
         raise QcError(f"--mode {mode} belongs to an export for the Neural Engine", fix="take --mode out")
+    if given is not None and is_onnx(Path(given)):
+        if context:
+            raise QcError("an ONNX export takes no --context", fix="give the artifact it was made of")
+        return Speaker(_of_onnx(Path(given)), sampling, chat)
     artifact = load(find_artifact(given, runs))
     graph, tokenizer = artifact.graph.materialize(), artifact.load_tokenizer()
     model: Any = graph
@@ -87,3 +93,9 @@ def _of_export(folder: Path, mode: str) -> Generator:
     decoder = Decoder(folder, mode)
     tokenizer = load_tokenizer(folder, f"the export {folder}")
     return Generator(decoder, tokenizer, eos=ends({"eos_token_id": decoder.meta.eos}, tokenizer, folder))
+
+
+def _of_onnx(folder: Path) -> Generator:
+    decoder = OnnxDecoder(folder)
+    tokenizer = load_tokenizer(folder, f"the export {folder}")
+    return Generator(decoder, tokenizer, eos=ends({}, tokenizer, folder))

@@ -14,7 +14,7 @@ from graph.errors import QcError
 from qc.caching import with_cache
 from qc.compiling import stage_name, step_name, versions
 from qc.models import named
-from qc.runs import Run
+from qc.runs import Run, link_tree
 from recipes.schema import Recipe, Stage
 
 Tell = Callable[[str], None]
@@ -61,6 +61,27 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
         run.measure(step_name(stage, "trained"), seconds=time.perf_counter() - start, **figures)
     _wait()
     return folder / "trained"
+
+
+def spare_stage(run: Run, stage: Stage, compiled: Path, tell: Tell) -> Path | None:
+    """The compiled artifact in the place of a trained one, if ``train.when`` does not hold of it; else None.
+
+    What it compares has been measured: the model as it came, and what was compiled.
+    """
+    assert stage.train is not None
+    least = stage.train.least_increase()
+    folder = run.stage(stage.name) / "trained"
+    if least is None or (folder / "manifest.json").is_file():
+        return None
+    known = {m["step"]: m["perplexity"] for m in run.measured() if "perplexity" in m}
+    increase = known[step_name(stage, "compiled")] / known["start"] - 1
+    verdict = "more than" if increase > least else "not more than"
+    tell(f"{stage_name(stage)}perplexity grew by {increase:.2%}, {verdict} {least:.2%}")
+    if increase > least:
+        return None
+    link_tree(compiled, folder)
+    tell(f"{stage_name(stage)}not trained: {stage.train.when} does not hold")
+    return folder
 
 
 def _carried(name: str) -> bool:

@@ -19,6 +19,7 @@ from recipes.settings import Export, Gate
 from recipes.shorthand import workers
 from recipes.steps import Steps, check_order
 from recipes.words import said
+from runtimes.assess_settings import Assess, Audit
 from runtimes.settings import Cache, Evaluate, Train
 
 T = TypeVar("T")
@@ -107,6 +108,7 @@ class _Reader:
         checks.check_data(node, self.mistakes)
         train = self.one(Train, node, "train")
         evaluate = self.one(Evaluate, node, "evaluate")
+        audit, assess = self.one(Audit, node, "audit"), self.one(Assess, node, "assess")
         if train:
             checks.check_train(train, node.map["train"], self.mistakes)
             checks.check_cached(train, node.map["train"], self.root.map.get("cache"), self.mistakes)
@@ -123,6 +125,8 @@ class _Reader:
             checks.check_exports(node.map["export"], self.mistakes)
         return {
             "passes": self.passes(node),
+            "audit": audit,
+            "assess": assess,
             "train": train,
             "evaluate": evaluate,
             "require": tuple(gate for gate, _ in gates),

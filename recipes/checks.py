@@ -8,7 +8,7 @@ from dataclasses import fields
 from graph.errors import QcError
 from passes import registry
 from recipes.document import Node
-from recipes.metrics import EVALUATED, EXPORTED, GROUPS, REPORTED, SERIES, TRAINED
+from recipes.metrics import EVALUATED, EXPORTED, GROUPS, LOOKED, REPORTED, SERIES, TRAINED
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import EXPORT_OPTIONS, Gate
 from recipes.words import said
@@ -32,6 +32,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
         mistakes.add(node.map["auto_snap"].key, what, "lower every, patience or start")
     if train.layerwise is not None:
         _check_layerwise(train, node, mistakes)
+    if train.when is not None and train.least_increase() is None:
+        what = f"train.when cannot be {train.when!r}"
+        mistakes.add(node.map["when"].place, what, "write when: perplexity_increase > 5 %")
 
 
 def _check_layerwise(train: Train, node: Node, mistakes: Mistakes) -> None:
@@ -148,8 +151,11 @@ def links(kind: str) -> bool:
 
 
 def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
-    """An evaluation has data: its own, or that of training or of the recipe's cache."""
+    """An evaluation has data: its own, or that of training or of the recipe's cache. A condition has an evaluation."""
     evaluate = work.map.get("evaluate")
+    if "train" in work.map and _has(work.map["train"], "when") and not _has(work, "evaluate"):
+        what = "train.when asks for a perplexity, and nothing here measures it"
+        mistakes.lack(work.map["train"].map["when"].key, what, "add evaluate: {metrics: [perplexity]}")
     if evaluate is None or not evaluate.map or "data" in evaluate.map:
         return
     if not _has(work, "train"):
@@ -195,6 +201,8 @@ def check_produced(gate: Gate, node: Node, work: Node, evaluate: Evaluate | None
         fix = f"add the group {GROUPS[metric]} to train.groups"
     elif metric in REPORTED and not any(REPORTED[metric] in step.map for step in _list(work, "passes")):
         fix = f"add the pass {REPORTED[metric]}"
+    elif metric in LOOKED and LOOKED[metric] not in work.map:
+        fix = f"add {LOOKED[metric]}: {{}}"
     elif metric in EXPORTED and not _list(work, "export"):
         fix = "add export:"
     if fix:
@@ -214,6 +222,9 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
         if target == "ane" and dtype not in ("fp16", None):
             what = f"the Neural Engine computes in fp16, not {dtype}"
             mistakes.add(node.map["dtype"].place, what, "set dtype to fp16, or take it out")
+        if target == "onnx" and dtype == "bf16":
+            what = "ONNX Runtime computes in fp32 or fp16, not bf16"
+            mistakes.add(node.map["dtype"].place, what, "set dtype to one of them, or take it out")
         where = str(node.map["out"].value if "out" in node.map else f"{target}-{dtype}")
         if where in seen and node.map:
             what = f"this export writes to the same folder as that of {seen[where].place}"

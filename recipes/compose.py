@@ -15,7 +15,7 @@ from recipes.words import said
 WHOLE_KEYS = ("data", "eval_data", "objective", "select")
 """Keys whose map is one choice: it replaces the base's, it is not merged with it."""
 
-SECTIONS = ("train", "evaluate", "probe", "cache")
+SECTIONS = ("audit", "assess", "train", "evaluate", "probe", "cache")
 """Keys whose map may ``include:`` another file, as may the recipe itself and each stage."""
 
 Chain = tuple[tuple[Path, str, Place | None], ...]

@@ -17,12 +17,15 @@ from recipes.schema import Header, PassStep, Recipe, Stage, Work
 from recipes.section import adapter
 from recipes.settings import Export, Gate
 from recipes.shorthand import NAMED_SOURCES
+from runtimes.assess_settings import Assess, Audit
 from runtimes.settings import Cache, Evaluate, PythonStdlib, Train
 
 FILE = Path(__file__).parent / "schema.json"
 Schema = dict[str, Any]
 
-SECTIONS: dict[str, type[Any]] = {"train": Train, "evaluate": Evaluate, "require": Gate, "export": Export}
+SECTIONS: dict[str, type[Any]] = {
+    "audit": Audit, "assess": Assess, "train": Train, "evaluate": Evaluate, "require": Gate, "export": Export,
+}  # fmt: skip
 CACHED = "kd-cache"
 """The objective that needs no ``data``: its cache has the text."""
 

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag
 from graph.select import Selector
 from recipes.kinds import hints
 from recipes.numbers import Below1, Count, Globs, Natural, NotNegative, Positive, Ratio, Seed, Text
-from runtimes import settings
+from runtimes import assess_settings, settings
 
 SOURCES: dict[str, type[Any]] = {
     "hf": settings.HubDataset,
@@ -123,6 +123,8 @@ _LAYERWISE = _twin(
     backtrack=_BACKTRACK | None,
     **dict.fromkeys(("local", "kd"), NotNegative),
 )
+_GROKFAST = _twin(settings.Grokfast, decay=Below1, strength=NotNegative)
+_DIVERGENCE = _twin(settings.Divergence, ratio=Annotated[float, Field(gt=1)], window=Count)
 _twin(
     settings.Train,
     objective=_any_of(OBJECTIVES, _objective_of),
@@ -134,6 +136,9 @@ _twin(
     ema=Below1 | None,
     auto_snap=_AUTO_SNAP | None,
     layerwise=_LAYERWISE | None,
+    grokfast=_GROKFAST | None,
+    divergence=_DIVERGENCE | None,
+    when=Text | None,
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),
@@ -146,6 +151,15 @@ _twin(
     out=Text | None,
     **dict.fromkeys(("sequences", "topk", "batch", "shard"), Count),
     **dict.fromkeys(("heldout", "negatives"), Natural),
+)
+_twin(assess_settings.Audit, data=_DATA | None, **dict.fromkeys(("spots", "batch", "length"), Count))
+_twin(
+    assess_settings.Assess,
+    data=_DATA | None,
+    target=Ratio,
+    tolerance=Ratio,
+    micro_batches=Annotated[int, Field(ge=8, le=2**31 - 1)],
+    **dict.fromkeys(("levels", "batches", "batch", "length"), Count),
 )
 _twin(
     settings.Evaluate,

@@ -19,10 +19,14 @@ PATH_KEYS = ("model", "text", "jsonl", "hf", "cache")
 """Keys whose values may be files: absolute once read, relative to the recipe once written."""
 
 
+WORK = ("passes", "audit", "assess", "train", "evaluate", "require", "export")
+"""What a recipe has that its stages have instead, if there are any."""
+
+
 def explicit(recipe: Recipe) -> dict[str, Any]:
     """Every key of ``recipe`` with its value, in the words of a recipe."""
     folder = recipe.file.parent
-    hidden = ["file", *(["stages"] if not recipe.stages else ["passes", "train", "evaluate", "require", "export"])]
+    hidden = ["file", *(["stages"] if not recipe.stages else list(WORK))]
     return _fields(recipe, folder, hidden)
 
 

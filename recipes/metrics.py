@@ -27,6 +27,11 @@ MetricName: TypeAlias = Literal[
     "bytes",
     "lora/survived",
     "export/psnr_db",
+    "dequant_fidelity",
+    "gradient_flow/passed",
+    "gradient_flow/dead",
+    "assess/level",
+    "assess/crossed",
 ]
 
 RETRIEVED = (
@@ -72,8 +77,16 @@ GROUPS = {"train/encoder_grad_norm": "encoder", "train/gca_grad_norm": "gca"}
 REPORTED: dict[str, str] = {"lora/survived": "merge-lora"}
 """Metrics of a pass's report, and the pass."""
 
-EXPORTED = ("export/psnr_db",)
-"""Metrics of the check of every export against the graph."""
+EXPORTED = ("export/psnr_db", "dequant_fidelity")
+"""Metrics of the check of exports against the graph; ``dequant_fidelity`` is of the target ternary."""
+
+LOOKED: dict[str, str] = {
+    "gradient_flow/passed": "audit",
+    "gradient_flow/dead": "audit",
+    "assess/level": "assess",
+    "assess/crossed": "assess",
+}
+"""Metrics of a look at what the passes made, and the section that asks for it."""
 
 SERIES = TRAINED
 """Metrics with a value at many steps: those that can have decreased."""

@@ -12,6 +12,7 @@ from graph.errors import QcError
 from recipes.lock import digest, explicit
 from recipes.numbers import Seed, Text
 from recipes.settings import Export, Gate, Probe
+from runtimes.assess_settings import Assess, Audit
 from runtimes.settings import Cache, Evaluate, Train
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ class Work:
 
     passes: tuple[PassStep, ...] = ()
     """Rewrites of the graph, in order."""
+
+    audit: Audit | None = None
+    """Whether gradients reach all that trains."""
+
+    assess: Assess | None = None
+    """How hard text is for what the passes made."""
 
     train: Train | None = None
     """How what the passes left trainable is trained."""

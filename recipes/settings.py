@@ -37,9 +37,12 @@ class Gate:
 class Export:
     """Something to write for another runtime."""
 
-    target: Literal["safetensors", "ane", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4"]
-    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, or packed weights
-    for GPU servers."""
+    target: Literal[
+        "safetensors", "ane", "onnx", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4", "gguf", "ternary"
+    ]
+    """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, a model for ONNX
+    Runtime, packed weights for GPU servers, ternary weights in a GGUF file, or ternary weights packed and as floats
+    for transformers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""
@@ -59,9 +62,9 @@ class Export:
     prefill: Natural | None = None
     """For ane: tokens of the function that reads a prompt; without it 64, and 0 for none."""
 
-    kv: Literal["state_slice", "state_blend", "io"] | None = None
+    kv: Literal["state_slice", "state_blend", "io"] | bool | None = None
     """For ane: keys and values in a state written by slices or blended in, or as inputs and outputs; without it,
-    state_slice."""
+    state_slice. For onnx: true makes them inputs and outputs; without it, there is no past."""
 
     chunks: Count | None = None
     """For ane: packages that the blocks are spread over; without it, as few as the chip takes."""
@@ -71,6 +74,9 @@ class Export:
 
     dense_prefill: bool | None = None
     """For ane: multiply low-rank scales out in the function that reads a prompt: faster, and larger. Without it, no."""
+
+    memory: Count | None = None
+    """For ane: tokens of the memory that a decoder with gated cross-attention reads; without it, 64."""
 
     scheme: Literal["channel", "tensor", "block", "static"] | None = None
     """For fp8: what shares a scale of weights, a row, the weight, or 128 rows and columns; static: the weight, and

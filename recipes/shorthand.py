@@ -11,6 +11,11 @@ from recipes.words import said
 
 DATA_FORMS = "write python-stdlib, {text: GLOB}, {jsonl: GLOB}, {hf: NAME} or {retrieval: TASK}"
 NAMED_SOURCES = ("python-stdlib",)
+DATA = (
+    ("train", "data"), ("train", "eval_data"), ("evaluate", "data"), ("audit", "data"), ("assess", "data"),
+    ("cache", "data"),
+)  # fmt: skip
+"""Sections, and their keys that describe data."""
 
 
 def workers(root: Node) -> Iterator[Node]:
@@ -23,7 +28,7 @@ def workers(root: Node) -> Iterator[Node]:
 def data_nodes(root: Node) -> Iterator[tuple[str, Node]]:
     """Every description of data, and what to call it."""
     for work in workers(root):
-        for section, key in (("train", "data"), ("train", "eval_data"), ("evaluate", "data"), ("cache", "data")):
+        for section, key in DATA:
             if section in work.map and key in work.map[section].map:
                 yield f"{section}.{key}", work.map[section].map[key]
 

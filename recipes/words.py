@@ -9,6 +9,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from recipes import schema, settings
+from runtimes import assess_settings
 from runtimes import settings as runtime
 
 NUMBER = "a number"
@@ -50,6 +51,8 @@ HOMES: dict[str, type[Any]] = {
     "train": runtime.Train,
     "train.groups.NAME": runtime.Group,
     "evaluate": runtime.Evaluate,
+    "audit": assess_settings.Audit,
+    "assess": assess_settings.Assess,
     "a gate under require": settings.Gate,
     "an export": settings.Export,
     "cache": runtime.Cache,

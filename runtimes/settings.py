@@ -5,6 +5,7 @@ Nothing but the standard library is imported here, so that reading a recipe does
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,6 +21,8 @@ from runtimes.data_settings import RetrievalTask as RetrievalTask
 from runtimes.data_settings import TextFiles as TextFiles
 from runtimes.training_settings import AutoSnap as AutoSnap
 from runtimes.training_settings import Backtrack as Backtrack
+from runtimes.training_settings import Divergence as Divergence
+from runtimes.training_settings import Grokfast as Grokfast
 from runtimes.training_settings import Layerwise as Layerwise
 
 if TYPE_CHECKING:
@@ -176,6 +179,15 @@ class Train:
     auto_snap: AutoSnap | None = None
     """Round magnitudes to fp16 and freeze them once they have come to rest."""
 
+    grokfast: Grokfast | None = None
+    """Amplify what stays the same in the gradients."""
+
+    divergence: Divergence | None = None
+    """End early, with the best checkpoint, where the loss runs away."""
+
+    when: str | None = None
+    """Train only if what the passes made is so much worse than the model was: ``perplexity_increase > 5 %``."""
+
     eval_every: int = 0
     """Optimizer steps between evaluations; 0 evaluates at the end."""
 
@@ -196,6 +208,11 @@ class Train:
 
     plot: bool = True
     """Draw the losses at the end."""
+
+    def least_increase(self) -> float | None:
+        """The share of ``when`` by which perplexity has to have grown; None where what it says cannot be read."""
+        found = re.fullmatch(r"perplexity_increase *> *([0-9]+(?:\.[0-9]+)?) *(%?)", self.when or "")
+        return None if found is None else float(found[1]) / (100 if found[2] else 1)
 
     def all_groups(self) -> Mapping[str, Group]:
         """The groups, or the one that ``lr`` stands for."""

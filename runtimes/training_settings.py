@@ -64,3 +64,25 @@ class Layerwise:
 
     backtrack: Backtrack | None = None
     """When to train the layer before once more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grokfast:
+    """Amplifies what stays the same in the gradients (arXiv:2405.20233)."""
+
+    decay: float = 0.98
+    """Decay of the moving average of each gradient, per optimizer step."""
+
+    strength: float = 2.0
+    """How many times that average is added to the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Ends a training that runs away, and goes back to its best checkpoint."""
+
+    ratio: float = 1.5
+    """It runs away when the mean loss of the last steps is so many times the lowest such mean."""
+
+    window: int = 20
+    """Optimizer steps of a mean."""

@@ -36,6 +36,9 @@ from graph.formats.stored import store_dense as store_dense
 from graph.formats.stored import store_packed as store_packed
 from graph.formats.stored import update_packed as update_packed
 from graph.formats.stored import weight_name as weight_name
+from graph.formats.ternary_format import Ternary as Ternary
+from graph.formats.ternary_rule import TernaryRule as TernaryRule
+from graph.formats.tokens import fake_quantize_tokens as fake_quantize_tokens
 
 Scheme = Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4"]
 Share = Literal["row", "weight", "block"]

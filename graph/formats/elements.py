@@ -19,7 +19,7 @@ from torch import Tensor
 from graph.formats.bits import pack_bits, unpack_bits
 from graph.formats.memory import scratch
 
-_EXPONENT, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
+_EXPONENT = 0x7F800000
 _ONE, _FOUR = 0x3F800000, 0x40800000
 """The bits of 1.0 and 4.0 in fp32."""
 
@@ -40,8 +40,9 @@ class Element:
     half_gap: float
     """Half of the widest step between two numbers."""
 
-    encode: Callable[[Tensor], Tensor]
-    """f32 [rows, columns]  ->  u8 [rows, columns * bits / 8]"""
+    encode: Callable[[Tensor, Tensor], None]
+    """Writes f32 [rows, columns], which may be written to, to u8 [rows, columns * bits / 8]; numbers may be beyond
+    the largest by what rounding a scale down costs, and none is -0."""
 
     decode: Callable[[Tensor], Tensor]
     """u8 [rows, columns * bits / 8]  ->  f32 [rows, columns]"""
@@ -53,6 +54,11 @@ class Element:
 def encode_e4m3(x: Tensor) -> Tensor:
     """x: f32 [rows, columns]  ->  u8, a byte each."""
     return x.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def e4m3_into(x: Tensor, out: Tensor) -> None:
+    """The same of numbers below 464, which all round to 448 and less, written to ``out``."""
+    out.view(torch.float8_e4m3fn).copy_(x)
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:
@@ -68,23 +74,35 @@ def nearest_e4m3(x: Tensor) -> Tensor:
 def encode_e2m1(x: Tensor) -> Tensor:
     """x: f32 [rows, columns], columns even  ->  u8 [rows, columns / 2].
 
+    A zero has no sign unless it was rounded to.
+    """
+    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8, device=x.device)
+    e2m1_into(x.clamp_(-8.0, 8.0).add_(0.0), out)  # -0 becomes 0
+    return out
+
+
+def e2m1_into(x: Tensor, out: Tensor) -> None:
+    """The same of numbers below 500, without -0, written to ``out``.
+
     Between two powers of two the levels are evenly spaced, by half of the lower power; below 1 by a half as well. So
     adding ``2^(e + 22)`` rounds a number of exponent ``e`` to its level, and leaves it in the low bits, counted in
-    steps; with two more for every power of two these are the codes. A zero has no sign unless it was rounded to.
+    steps; with two more for every power of two these are the codes. Words are little-endian, as on all machines torch
+    runs on: the low byte of a word is its first, the sign is in its last.
     """
-    bits = x.add_(0.0).view(torch.int32)  # -0 becomes 0
-    magnitude = scratch("e2m1.magnitude", tuple(x.shape), torch.int32, x.device)
+    magnitude = scratch("e2m1.magnitude", tuple(x.shape), torch.float32, x.device)
     power = scratch("e2m1.power", tuple(x.shape), torch.int32, x.device)
-    torch.bitwise_and(bits, _MAGNITUDE, out=magnitude)
-    torch.clamp(magnitude, _ONE, _FOUR, out=power)
+    codes = scratch("e2m1.codes", tuple(x.shape), torch.uint8, x.device)
+    steps = scratch("e2m1.steps", tuple(x.shape), torch.uint8, x.device)
+    torch.abs(x, out=magnitude)
+    torch.clamp(magnitude.view(torch.int32), _ONE, _FOUR, out=power)
     power.bitwise_and_(_EXPONENT).add_(_SHIFT)
-    rounded = magnitude.view(torch.float32).clamp_(max=8.0).add_(power.view(torch.float32)).view(torch.int32)
-    codes = rounded.to(torch.uint8)
-    codes += power.bitwise_right_shift_(22).sub_(2 * (127 + 22)).to(torch.uint8)
-    codes.clamp_(max=7)
-    codes |= bits.bitwise_right_shift_(28).to(torch.uint8) & 8
+    codes.copy_(magnitude.add_(power.view(torch.float32)).view(torch.int32))
+    steps.copy_(power.bitwise_right_shift_(22))
+    codes.add_(steps).sub_(2 * (127 + 22) % 256).clamp_(max=7)
+    torch.bitwise_and(x.view(torch.uint8)[:, 3::4], 0x80, out=steps)
+    codes.bitwise_or_(steps.bitwise_right_shift_(4))
     pairs = codes.view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
+    out.copy_(pairs.bitwise_or_(pairs >> 4))
 
 
 def nearest_e2m1(x: Tensor) -> Tensor:
@@ -112,18 +130,37 @@ def _pairs_of_bytes(device: torch.device) -> Tensor:
 def encode_integers(x: Tensor, bits: int) -> Tensor:
     """x: f32 [rows, columns]  ->  u8 [rows, columns * bits / 8]."""
     half = 1 << bits - 1
-    codes = x.round_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
-    return _joined(codes, bits) if bits in (2, 4) else pack_bits(codes, bits)
+    out = torch.empty((x.shape[0], x.shape[1] * bits // 8), dtype=torch.uint8, device=x.device)
+    integers_into(x.clamp_(-half, half - 1), out, bits)
+    return out
 
 
-def _joined(codes: Tensor, bits: int) -> Tensor:
+def integers_into(x: Tensor, out: Tensor, bits: int) -> None:
+    """The same of numbers less than one beyond the integers, written to ``out``.
+
+    Adding ``1.5 * 2^23`` rounds to an integer, and leaves it in the low bits.
+    """
+    half = 1 << bits - 1
+    codes = scratch("integers.codes", tuple(x.shape), torch.uint8, x.device) if bits != 8 else out
+    shift = 1.5 * 2**23 + half
+    if bits == 8:
+        x.clamp_(-half, half - 1)  # a byte has no room for what is beyond
+    codes.copy_(x.add_(shift).view(torch.int32))
+    if bits in (2, 4):
+        codes.clamp_(max=2 * half - 1)
+        _joined(codes, bits, out)
+    elif bits != 8:
+        out.copy_(pack_bits(codes.clamp_(max=2 * half - 1), bits))
+
+
+def _joined(codes: Tensor, bits: int, out: Tensor) -> None:
     """Bytes of 2 or 4 codes, by moves over whole words. Words are little-endian, as on all machines torch runs on."""
     pairs = codes.view(torch.int16)
-    joined = pairs | pairs >> 8 - bits
+    joined = pairs.bitwise_or_(pairs >> 8 - bits)
     if bits == 2:
         nibbles = joined.to(torch.uint8).view(torch.int16)
-        joined = nibbles & 15 | nibbles >> 4
-    return joined.to(torch.uint8)
+        joined = (nibbles & 15).bitwise_or_(nibbles >> 4)
+    out.copy_(joined)
 
 
 def nearest_integers(x: Tensor, bits: int) -> Tensor:
@@ -139,11 +176,10 @@ def decode_integers(codes: Tensor, bits: int) -> Tensor:
 
 def integers(bits: int) -> Element:
     """Integers of so many bits; a scale is the largest magnitude over half of all steps, as in compressed-tensors."""
-    encode, decode, nearest = (
-        partial(function, bits=bits) for function in (encode_integers, decode_integers, nearest_integers)
-    )
+    encode = partial(integers_into, bits=bits)
+    decode, nearest = (partial(function, bits=bits) for function in (decode_integers, nearest_integers))
     return Element(bits, (1 << bits) / 2 - 0.5, 0.5, encode, decode, nearest)
 
 
-E4M3 = Element(8, 448.0, 16.0, encode_e4m3, decode_e4m3, nearest_e4m3)
-E2M1 = Element(4, 6.0, 1.0, encode_e2m1, decode_e2m1, nearest_e2m1)
+E4M3 = Element(8, 448.0, 16.0, e4m3_into, decode_e4m3, nearest_e4m3)
+E2M1 = Element(4, 6.0, 1.0, e2m1_into, decode_e2m1, nearest_e2m1)

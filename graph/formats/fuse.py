@@ -3,7 +3,8 @@
     before    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model), bias)
     after     qc.linear_4bit(x, W.indices, W.absmax, nf4, model, bias=bias)
 
-LUT weights fuse into ``qc.linear_lut`` and ``qc.linear_fake_lut``, whose levels and scales can train.
+LUT weights fuse into ``qc.linear_lut`` and ``qc.linear_fake_lut``, whose levels and scales can train, ternary ones into
+``qc.linear_ternary`` and ``qc.linear_fake_ternary``.
 Values and gradients are bit-identical. Artifacts hold the form before; the training runtime fuses a copy.
 """
 
@@ -23,6 +24,7 @@ from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.formats.lut_linear import linear_fake_lut, linear_lut
 from graph.formats.scaled import Kind, Scaled, dequantize_scaled, largest_of, nearest
+from graph.formats.ternary_linear import linear_fake_ternary, linear_ternary
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
 
@@ -141,6 +143,8 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "qc.dequantize_scaled": linear_scaled,
     "qc.dequantize_lut": linear_lut,
     "qc.fake_quantize_lut": linear_fake_lut,
+    "qc.dequantize_ternary": linear_ternary,
+    "qc.fake_quantize_ternary": linear_fake_ternary,
     "qc.fake_quantize_scaled": linear_fake_scaled,
 }
 """The op that takes in each unpacking op: ``x``, that op's arguments, ``bias``."""

@@ -89,12 +89,14 @@ class _LinearLut(torch.autograd.Function):
         d_weight: tuple[Tensor | None, ...] = (None,) * len(needs)
         room = _room(weight)
         if any(needs):
-            dense = _outer(grad, x, room)  # the gradient of the weight, until the weight itself is written over it
+            dense = weight_gradient(
+                grad, x, room
+            )  # the gradient of the weight, until the weight itself is written over it
             d_weight = weight.gradients(dense, needs, dense if ctx.needs_input_grad[0] else None)
         elif ctx.needs_input_grad[0]:
             dense = weight.dense(room)
-        d_x = _times(grad, dense, ctx) if ctx.needs_input_grad[0] else None
-        return d_x, _bias_gradient(ctx, grad), None, d_weight[0], None, None, None, *d_weight[1:]
+        d_x = times_weight(grad, dense, ctx) if ctx.needs_input_grad[0] else None
+        return d_x, bias_gradient(ctx, grad), None, d_weight[0], None, None, None, *d_weight[1:]
 
 
 def _product(x: Tensor, weight: LutWeight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
@@ -108,12 +110,12 @@ def _room(weight: LutWeight) -> Tensor | None:
     return scratch("lut dense", weight.shape, torch.float32, weight.lut.device)
 
 
-def _times(grad: Tensor, dense: Tensor, ctx: Any) -> Tensor:
+def times_weight(grad: Tensor, dense: Tensor, ctx: Any) -> Tensor:
     """The gradient of x; under autocast the product was in the dtype of ``grad``, not in that of x."""
     return torch.matmul(grad, dense.to(ctx.dtype).to(grad.dtype)).to(ctx.x_dtype)
 
 
-def _outer(grad: Tensor, x: Tensor, room: Tensor | None = None) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, room: Tensor | None = None) -> Tensor:
     """The gradient of a dense weight, f32 [out, in]; the product is in the dtype of ``grad``."""
     rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]).to(grad.dtype)
     if room is not None and grad.dtype == torch.float32:
@@ -122,7 +124,7 @@ def _outer(grad: Tensor, x: Tensor, room: Tensor | None = None) -> Tensor:
     return torch.mm(rows.t(), columns).float()
 
 
-def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+def bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     if not ctx.needs_input_grad[1]:
         return None
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -178,19 +180,19 @@ class _LinearFakeLut(torch.autograd.Function):
         x, latent, lut, *factors = ctx.saved_tensors
         trained, needs = ctx.needs_input_grad[2], (ctx.needs_input_grad[3], *ctx.needs_input_grad[6:])
         weight = LatentWeight(latent, lut, tuple(factors), ctx.floor, both=trained)
-        d_w = _outer(grad, x) if trained or any(needs) else None
+        d_w = weight_gradient(grad, x) if trained or any(needs) else None
         d_weight: tuple[Tensor | None, ...] = (None,) * len(needs)
         d_x = None
         if d_w is not None and any(needs) and ctx.needs_input_grad[0]:
             dense = torch.empty_like(d_w)
             d_weight = weight.gradients(d_w, needs, dense)
-            d_x = _times(grad, dense, ctx)
+            d_x = times_weight(grad, dense, ctx)
         elif d_w is not None and any(needs):
             d_weight = weight.gradients(d_w, needs)
         elif ctx.needs_input_grad[0]:
-            d_x = _times(grad, weight.dense(_room(weight)), ctx)
+            d_x = times_weight(grad, weight.dense(_room(weight)), ctx)
         d_latent = d_w.to(latent.dtype) if d_w is not None and trained else None
-        return d_x, _bias_gradient(ctx, grad), d_latent, d_weight[0], None, None, *d_weight[1:]
+        return d_x, bias_gradient(ctx, grad), d_latent, d_weight[0], None, None, *d_weight[1:]
 
 
 @op

@@ -18,6 +18,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.elements import E2M1, E4M3, Element, integers
 from graph.formats.format import Call, Rows, V, has_data
+from graph.formats.memory import scratch
 from graph.formats.scales_of import (
     e4m3_scales,
     e8m0_scales,
@@ -119,10 +120,24 @@ class Scaled:
         if has_data(w):
             per_row = scales_by_row(read_scales(found["scale"], found.get("global_scale")), w.shape[0])
             for part in small_chunks(*w.shape):
-                scale = per_row(part)
-                x = w[part].float().unflatten(1, (scale.shape[1], -1)) / scale[..., None]
-                found["indices"][part] = self.element.encode(x.flatten(1))
+                self.element.encode(self._divided(w[part], per_row(part)), found["indices"][part])
         return found
+
+    def _divided(self, w: Tensor, scale: Tensor) -> Tensor:
+        """Rows of a weight in steps; a zero has no sign. The result lasts until the next is asked for.
+
+        w: [rows, columns]    scale: f32 [rows, groups]  ->  f32 [rows, columns]
+        """
+        x = scratch("scaled.x", tuple(w.shape), torch.float32, w.device)
+        shape = (scale.shape[1], w.shape[1] // scale.shape[1])
+        torch.div(w.float().unflatten(1, shape), scale[..., None], out=x.unflatten(1, shape))
+        if self.kind in ("mxfp4", "nvfp4"):
+            x.add_(0.0)
+        if self.kind.startswith("mx"):  # a power of two may be half as large as the largest magnitude asks for
+            x.clamp_(-self.element.largest, self.element.largest)
+        elif self.scale_dtype is torch.float16:  # nor does fp16 come near to small scales
+            x.clamp_(-self.element.largest - 0.5, self.element.largest)
+        return x
 
     def scales(self, w: Tensor) -> dict[str, Tensor]:
         """The side tensors but for the codes."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from graph.formats.elements import Element, decode_e4m3, encode_e4m3
 from graph.formats.format import has_data
+from graph.formats.memory import scratch
 
-SMALL = 1 << 16
-"""Values worked on at a time: what is made of them stays in the cache of a core."""
+SMALL = 1 << 18
+"""Values worked on at a time: what is made of them stays in the cache, and they outweigh the calls."""
 
 E4M3_ZERO = 0.125
 """What a scale that rounds to zero becomes in e4m3."""
@@ -35,7 +36,9 @@ def magnitudes(w: Tensor, columns: int) -> Tensor:
     """
     found = w.new_empty((w.shape[0], w.shape[1] // columns), dtype=torch.float32)
     for part in small_chunks(*w.shape) if has_data(w) else ():
-        bits = w[part].float().view(torch.int32).bitwise_and(0x7FFFFFFF)  # of magnitudes, bits are in order
+        rows = w[part].float()
+        room = scratch("magnitudes", tuple(rows.shape), torch.float32, w.device)
+        bits = torch.abs(rows, out=room).view(torch.int32)  # of magnitudes, bits are in order
         torch.amax(bits.unflatten(1, (-1, columns)), -1, out=found[part].view(torch.int32))
     return found
 

@@ -3,6 +3,7 @@
     dense     linear(x, W)
     packed    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model))
     latent    linear(x, qc.fake_quantize_lut(W.latent, W.lut, model, …))    packed anew each time it is read
+    ternary   linear(x, qc.dequantize_ternary(W.indices, W.scale, …)), or latent: qc.fake_quantize_ternary(W.latent, …)
 
 Every reader of the weight follows, so tied weights stay one tensor with two readers.
 """
@@ -24,23 +25,16 @@ from graph.formats.int8 import Int8, dequantize_int8
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_format import Lut
 from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled, format_of_scaled, largest_of
+from graph.formats.ternary import dequantize_ternary, fake_quantize_ternary
+from graph.formats.ternary_format import Ternary
 from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
-DEQUANTIZE = tuple(
-    map(
-        op_name,
-        (
-            dequantize_4bit,
-            dequantize_int8,
-            dequantize_lut,
-            fake_quantize_lut,
-            dequantize_scaled,
-            fake_quantize_scaled,
-        ),
-    )
-)
+UNPACKING = (dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary, dequantize_scaled)
+FAKING = (fake_quantize_lut, fake_quantize_ternary, fake_quantize_scaled)
+
+DEQUANTIZE = tuple(map(op_name, (*UNPACKING, *FAKING)))
 """The ops that unpack, and those that compute what packing and unpacking would give."""
 
 HOLDERS = (".indices", ".latent")
@@ -86,13 +80,20 @@ def format_of(site: Site) -> Format:
         scale_dtype = given.get("scale_dtype", torch.float32)
         return Scaled(given["kind"], given["rows"], given["columns"], scale_dtype, latent=True)
     if site.op in ("qc.dequantize_lut", "qc.fake_quantize_lut"):
-        given = arguments(site)
-        form = Lut.of({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in given.items()}, site.value)
-        return replace(form, theta=True, symmetric=True, zero_free=True) if given["lut"].op != "get_attr" else form
+        form = Lut.of(_stand_ins(site), site.value)
+        derived = arguments(site)["lut"].op != "get_attr"
+        return replace(form, theta=True, symmetric=True, zero_free=True) if derived else form
+    if site.op in ("qc.dequantize_ternary", "qc.fake_quantize_ternary"):
+        return Ternary.of(_stand_ins(site), site.value)
     kind = site.node.args[2]
     assert kind in ("nf4", "fp4"), f"{site.name} unpacks {kind}"
     block = 2 * int(site.input(0).meta["val"].shape[1]) // int(site.input(1).meta["val"].shape[1])
     return FourBit("nf4" if kind == "nf4" else "fp4", block, "absmax_scale" in site.node.kwargs)
+
+
+def _stand_ins(site: Site) -> dict[str, Any]:
+    """The arguments of ``site``, for tensors their types."""
+    return {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in arguments(site).items()}
 
 
 def dense_value(graph: Graph, site: Site, dtype: torch.dtype | None = None) -> Tensor:

@@ -70,7 +70,7 @@ def attention(low: Lowering, node: fx.Node) -> Value:
     q, k, v, mask, scale, _, softcap = given
     queries, keys, values = low.value(q), low.value(k), low.value(v)
     heads, size = queries.features
-    q_rows = _grouped(low, queries, keys.features[0])
+    q_rows = grouped(low, queries, keys.features[0])
     if node not in low.options.scaled:
         q_rows = low.emit.op("mul", x=q_rows, y=half(size**-0.5 if scale is None else scale))
     if low.cache is None:
@@ -82,7 +82,7 @@ def attention(low: Lowering, node: fx.Node) -> Value:
         low.emit.at(str(node.meta["custom"]["site"]))
         scores = low.emit.op("matmul", x=q_rows, y=all_keys, transpose_y=True)
         mixed = low.emit.op("matmul", x=_softmax(low, scores, heads, mask, softcap), y=all_values)
-    return _ungrouped(low, mixed, heads, values.features[-1])
+    return ungrouped(low, mixed, heads, values.features[-1])
 
 
 def _rows(low: Lowering, value: Value) -> Var:
@@ -93,7 +93,7 @@ def _rows(low: Lowering, value: Value) -> Var:
     return low.emit.op("transpose", x=low.heads(value), perm=[0, 1, 3, 2])
 
 
-def _grouped(low: Lowering, value: Value, kv_heads: int) -> Var:
+def grouped(low: Lowering, value: Value, kv_heads: int) -> Var:
     """Queries of a group one behind the other, (1, KV, G*S, D)."""
     heads, size = value.features
     shape = (1, kv_heads, heads // kv_heads * low.tokens, size)
@@ -144,7 +144,7 @@ def softmax(low: Lowering, node: fx.Node) -> Value:
     return Scores(low.emit.op("softmax", x=scores.var, axis=-1), scores.features)
 
 
-def _ungrouped(low: Lowering, mixed: Var, heads: int, size: int) -> Value:
+def ungrouped(low: Lowering, mixed: Var, heads: int, size: int) -> Value:
     """Features before tokens again."""
     if low.tokens == 1:
         return Value(mixed, (heads, size))

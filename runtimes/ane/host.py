@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError
 from graph.ops import op_name
-from graph.probe import evaluate, vocabulary
+from graph.probe import evaluate, padding_tokens, vocabulary
 from graph.shapes import dims_of
 from graph.sites import is_constant, node_name
 
@@ -86,10 +86,7 @@ def _bias(mask: Any) -> Tensor:
 def _row(graph: Graph, length: int, seed: int) -> dict[str, Any]:
     """A row of random tokens, none of them one for padding."""
     generator = torch.Generator().manual_seed(seed)
-    padding = {
-        graph.config.get("pad_token_id"),
-        *(s.node.args[2] for s in graph.sites("aten.embedding") if s.node.args[2:]),
-    }
+    padding = padding_tokens(graph)
     tokens = torch.tensor([i for i in range(vocabulary(graph)) if i not in padding])
     ids = tokens[torch.randint(0, len(tokens), (1, length), generator=generator)]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -78,6 +78,9 @@ class Options:
     ropes: Mapping[fx.Node, str] = field(default_factory=dict)
     """Table of a rotation -> the input that holds it."""
 
+    memories: Mapping[fx.Node, str] = field(default_factory=dict)
+    """Keys, values and mask of a memory -> the input that holds them."""
+
     weights: Mapping[fx.Node, Weight] = field(default_factory=dict)
     """Linear or embedding -> its weight."""
 

@@ -17,6 +17,7 @@ from runtimes.ane.cache import CACHES, NAME, ChunkCache
 from runtimes.ane.emitter import Array, Emitter
 from runtimes.ane.host import by_position, mask_bias
 from runtimes.ane.lowering import Lowering, Options, Split, Value, features_of
+from runtimes.ane.memory import memory_shapes
 from runtimes.ane.mil import FunctionPlan, Port
 from runtimes.ane.parts import Part, names_of, positions_of
 from runtimes.ane.plan import Plan
@@ -73,6 +74,7 @@ def functions(plan: Plan, part: Part, host: Host) -> dict[str, FunctionPlan]:
             scaled=plan.scaled,
             masks=plan.masks,
             ropes=plan.ropes,
+            memories=plan.memories,
             weights=plan.weights,
             loaded=loaded,
             biases=_biases(host, tokens),
@@ -110,6 +112,7 @@ def ports_of(plan: Plan, part: Part, host: Host, tokens: int) -> dict[str, Port]
     columns = plan.settings.context + (tokens if plan.settings.kv == "io" else 0)
     for name in dict.fromkeys(names_of(plan.masks, part).values()):
         ports[name] = Port((1, 1, tokens, columns) if plan.decoder else (1, 1, 1, tokens))
+    ports |= {name: Port(shape) for name, shape in memory_shapes(part.nodes, plan.settings.memory).items()}
     shape = cache_shape(plan, part)
     if shape is not None:
         extra = {"state_slice": ("position", Port((1,), "int32"))}
@@ -181,27 +184,33 @@ class _Body:
 def meta_of(plan: Plan, host: Host, files: Sequence[str]) -> dict[str, Any]:
     """meta.json: docs/ane.md says what it means."""
     settings, graph = plan.settings, plan.graph
-    decoder: dict[str, Any] = {
-        "context": settings.context,
-        "prefill": settings.prefill,
-        "kv": settings.kv,
-        "masks": [{"input": name, "window": _window(mask)} for mask, name in plan.masks.items()],
-        "eos": _ends(graph.config.get("eos_token_id")),
-    }
-    encoder = {"masks": [{"input": "mask", "window": None}]}
     kinds = sorted({name[3:] for name in plan.ropes.values()})
     rope = [{"cos": f"cos{k}", "sin": f"sin{k}", "size": int(host.tables[f"cos{k}"].shape[1])} for k in kinds]
     return {
         "format": "qc-ane",
         "version": 1,
         "kind": graph.kind,
-        **(decoder if plan.decoder else encoder),
+        **(_of_decoder(plan) if plan.decoder else {"masks": [{"input": "mask", "window": None}]}),
         "vocab": _vocabulary(plan),
         "hidden": int(np.prod(features_of(plan.parts[0].exit))),
         "rope": rope,
         "profile": settings.profile.as_dict(),
         "parts": [_part(plan, part, file) for part, file in zip(plan.parts, files, strict=True)],
     }
+
+
+def _of_decoder(plan: Plan) -> dict[str, Any]:
+    """What is said of a decoder alone: its cache, its masks, its memory."""
+    settings = plan.settings
+    found: dict[str, Any] = {
+        "context": settings.context,
+        "prefill": settings.prefill,
+        "kv": settings.kv,
+        "masks": [{"input": name, "window": _window(mask)} for mask, name in plan.masks.items()],
+        "eos": _ends(plan.graph.config.get("eos_token_id")),
+    }
+    memory = memory_shapes((n for part in plan.parts for n in part.nodes), settings.memory)
+    return found | ({"memory": {name: list(shape) for name, shape in memory.items()}} if memory else {})
 
 
 def _part(plan: Plan, part: Part, file: str) -> dict[str, Any]:

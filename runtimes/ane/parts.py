@@ -117,7 +117,7 @@ def positions_of(part: Part) -> list[fx.Node]:
     """The values of positions that a part computes with, masks and rotations apart."""
     inside, found = set(part.nodes), dict[fx.Node, None]()
     for node in part.nodes:
-        if op_name(node.target) in ("qc.attention", "qc.rope"):
+        if op_name(node.target) in ("qc.attention", "qc.rope", "qc.memory_attention", "qc.add_gated"):
             continue
         for n in values_of(node):
             known = n in inside or n is part.entry or takes_tokens(n) or over_pairs(n)

@@ -16,10 +16,11 @@ from graph import Graph, QcError
 from graph.cache import has_cache, obstacles
 from graph.ops import op_name
 from graph.sites import is_constant, node_name
-from runtimes.ane import attention, layout, linear, norms, pointwise  # noqa: F401  they fill the table
+from runtimes.ane import attention, layout, linear, memory, norms, pointwise  # noqa: F401  they fill the table
 from runtimes.ane.cache import MODES, Mode
 from runtimes.ane.host import FIX, over_pairs, takes_tokens
 from runtimes.ane.lowering import TABLE
+from runtimes.ane.memory import decoder_of, memories_of
 from runtimes.ane.parts import Part, computed_nodes, parts_of, values_of
 from runtimes.ane.profile import Profile
 from runtimes.ane.weights import Weight, weight_of
@@ -43,6 +44,8 @@ class Settings:
     """Lengths of an encoder's functions."""
 
     dense_prefill: bool = False
+    memory: int = 64
+    """Tokens of the memory that a decoder with gated cross-attention reads."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Plan:
     masks: dict[fx.Node, str]
     gains: dict[fx.Node, float]
     scaled: frozenset[fx.Node]
+    memories: dict[fx.Node, str]
 
     @property
     def decoder(self) -> bool:
@@ -74,6 +78,10 @@ def plan(graph: Graph, settings: Settings) -> tuple[Plan | None, list[QcError]]:
     unfit = _of_kind(graph)
     if unfit:
         return None, unfit
+    try:
+        graph = decoder_of(graph)
+    except QcError as error:
+        return None, [error]
     nodes = computed_nodes(graph)
     errors = [*_of_settings(graph, settings), *_missing(graph, nodes)]
     weights, more = _weights(graph, nodes)
@@ -84,7 +92,8 @@ def plan(graph: Graph, settings: Settings) -> tuple[Plan | None, list[QcError]]:
     if errors:
         return None, errors
     gains, scaled = _gains(nodes)
-    found = Plan(graph, settings, [], weights, _ropes(nodes), _masks(nodes, graph.kind == "causal-lm"), gains, scaled)
+    masks = _masks(nodes, graph.kind == "causal-lm")
+    found = Plan(graph, settings, [], weights, _ropes(nodes), masks, gains, scaled, memories_of(nodes))
     try:
         sizes = {node: weight.bytes() for node, weight in weights.items()}
         found.parts = parts_of(graph, nodes, sizes, settings.chunks, settings.profile.part_bytes)
@@ -171,7 +180,7 @@ def _of_parts(found: Plan) -> list[QcError]:
 def _unplaced(found: Plan) -> list[QcError]:
     """Values of positions that are needed where no host gives them."""
     errors = []
-    known = {*found.ropes, *found.masks}
+    known = {*found.ropes, *found.masks, *found.memories}
     for part in found.parts:
         inside = set(part.nodes)
         for node in part.nodes:

@@ -21,6 +21,7 @@ from graph.core import Streaming
 from graph.ops import op_name, repeat_heads
 from graph.probe import vocabulary
 from graph.sites import node_name, tag
+from runtimes.ane.memory import any_memory
 from runtimes.ane.weights import Weight, weight_of
 from runtimes.stdlib_text import read_text, stdlib_files
 
@@ -79,8 +80,9 @@ def peaks(graph: Graph, rows: Sequence[Tensor], sites: Collection[str]) -> list[
     if twin.dtype == torch.float16:
         twin.to(torch.float32)  # what fp16 makes infinite has a size
     watcher = _Watcher(twin, sites)
+    memory = any_memory(twin, AT_ONCE)
     for ids in rows:
-        watcher.run_with({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        watcher.run_with({"input_ids": ids, "attention_mask": torch.ones_like(ids), **memory})
     return sorted(watcher.found(), key=lambda peak: -peak.largest / peak.limit)
 
 

@@ -5,6 +5,8 @@
     lut        lut[index]            and perhaps a scale a row, multiplied with what comes out
     low-rank   lut[index] * (A B)    ranks are multiplied with what goes in and what comes out
 
+Ternary weights are a LUT of -1, 0 and 1 in 2 bits, with their scales by row, or as many ranks as a row has groups.
+
 Kind and size follow from shapes; values are read when they are asked for.
 """
 
@@ -24,6 +26,8 @@ from graph.formats.bits import bits_for, unpack_bits
 from graph.formats.format import unpack
 from graph.formats.lut_scales import scale_factors
 from graph.formats.stored import arguments, format_of, packed_tensors, weight_name
+from graph.formats.ternary import levels as trits_as_levels
+from graph.formats.ternary import two_bits
 from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, node_name
@@ -108,8 +112,13 @@ class Weight:
         return fp16(a, f"{self.name}.scale_a"), fp16(b, f"{self.name}.scale_b")
 
     def _sides(self) -> dict[str, Tensor]:
-        sides = packed_tensors(self.graph, Site(self.graph, self.node))
-        return {suffix: value.detach() for suffix, value in sides.items()}
+        site = Site(self.graph, self.node)
+        sides = {suffix: value.detach() for suffix, value in packed_tensors(self.graph, site).items()}
+        if site.op != "qc.dequantize_ternary":
+            return sides
+        packed, scale = sides["indices"], sides["scale"].float().expand(self.rows, -1)
+        packing = str(arguments(site)["packing"])
+        return {"indices": two_bits(packed, self.columns, packing), "lut": trits_as_levels(packed), "scale": scale}
 
 
 def weight_of(graph: Graph, node: fx.Node, reader: str) -> Weight:
@@ -125,7 +134,20 @@ def weight_of(graph: Graph, node: fx.Node, reader: str) -> Weight:
         return Weight(graph, weight_name(Site(graph, node)), "int8", rows, columns, node, bits=8)
     if op in ("qc.dequantize_lut", "qc.linear_lut_factored"):
         return _lut(graph, node, reader)
+    if op == "qc.dequantize_ternary":
+        return _ternary(graph, node)
     raise _not_stored(graph, node, op, reader)
+
+
+def _ternary(graph: Graph, node: fx.Node) -> Weight:
+    site = Site(graph, node)
+    rows, columns = site.value.shape
+    groups = int(graph.shape(f"{weight_name(site)}.scale")[1])
+    kind: Kind = "low-rank" if groups > 1 else "lut"
+    rank = groups if groups > 1 else 0
+    return Weight(
+        graph, weight_name(site), kind, rows, columns, node, bits=2, levels=3, rank=rank, row_scale=groups == 1
+    )
 
 
 def _lut(graph: Graph, node: fx.Node, reader: str) -> Weight:
@@ -164,6 +186,9 @@ def _not_stored(graph: Graph, node: fx.Node, op: str, reader: str) -> QcError:
     if op == "qc.fake_quantize_lut":
         what = f"{weight_name(Site(graph, node))} is still a float weight that is packed anew each time it is read"
         return QcError(what, site=reader, fix="run freeze-q before the export")
+    if op == "qc.fake_quantize_ternary":
+        what = f"{weight_name(Site(graph, node))} is still a float weight that is made ternary each time it is read"
+        return QcError(what, site=reader, fix="run freeze-ternary before the export")
     what = f"the weight of {reader} is computed in the graph ({op} at {node_name(node)}), not stored"
     return QcError(what, site=reader, fix="merge adapters (merge-lora) before the export, or dequantize the weight")
 

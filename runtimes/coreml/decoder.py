@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graph.errors import QcError
-from runtimes.coreml.inputs import decoder_inputs, read_rotations
+from runtimes.coreml.inputs import decoder_inputs, memory_inputs, read_rotations
 from runtimes.coreml.meta import read_meta
 from runtimes.coreml.parts import Loaded, load_parts, run_part
 from runtimes.mil import State, Trace
@@ -59,10 +59,11 @@ class Rows:
 
 
 class Session:
-    """One text as a decoder has read it so far."""
+    """One text as a decoder has read it so far, beside the keys and values of a memory if there is one."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, memory: Mapping[str, Tensor] | None = None):
         self.decoder, self.position = decoder, 0
+        self.memory = memory_inputs(decoder.meta, memory or {})
         self.states: list[State] = [loaded.package.state() for loaded in decoder.parts]
         self.caches: list[Tensor | None] = [self._empty(loaded) for loaded in decoder.parts]
 
@@ -105,7 +106,7 @@ class Session:
     def _hidden(self, ids: Sequence[int], name: str, tokens: int, every: bool = False) -> Tensor:
         """The hidden states in front of the head: of the last real token, or of all."""
         decoder = self.decoder
-        given = decoder_inputs(decoder.meta, decoder.tables, ids, self.position, tokens)
+        given = decoder_inputs(decoder.meta, decoder.tables, ids, self.position, tokens) | self.memory
         for number, loaded in enumerate(decoder.parts[:-1]):
             cache = self.caches[number]
             if cache is not None:

@@ -5,7 +5,7 @@ Each input is made as if every function took it; a function is given those that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from graph.errors import QcError
 from runtimes.coreml.meta import ROPE, Mask, Meta
+
+MEMORY_MASK = "memory_mask"
 
 HIDDEN = -10000.0
 """Added to the score of a key that may not be seen: lint rule N9 says why it is no infinity."""
@@ -58,6 +60,27 @@ def decoder_inputs(
         found[name] = table[inside].mT[None, None]
     for mask in meta.masks:
         found[mask.input] = decoder_mask(meta, mask, position, tokens)
+    return found
+
+
+def memory_inputs(meta: Meta, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys and values [1, heads, m, size] as functions take them, padded up to M tokens, and the mask that says so.
+
+    Without a memory all of them are zeros, and so is what attention to them gives.
+    """
+    counts = {tensor.shape[2] for tensor in memory.values()}
+    if memory and (set(memory) != set(meta.memory) - {MEMORY_MASK} or len(counts) != 1):
+        what = f"the memory is {', '.join(sorted(memory))}"
+        raise QcError(what, fix=f"give {', '.join(n for n in meta.memory if n != MEMORY_MASK)}, of as many tokens each")
+    found = {name: torch.zeros(shape) for name, shape in meta.memory.items()}
+    count = next(iter(counts), 0)
+    for name, tensor in memory.items():
+        if count > found[name].shape[2]:
+            what = f"the memory has {count} tokens, the export takes {found[name].shape[2]}"
+            raise QcError(what, fix="give less of it, or export with a larger memory")
+        found[name][:, :, :count] = tensor
+    if MEMORY_MASK in found:
+        found[MEMORY_MASK][..., count:] = HIDDEN
     return found
 
 

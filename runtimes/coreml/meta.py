@@ -59,6 +59,8 @@ class Meta:
     """The tokens that end a text, by the model's configuration; there may be more in generation_config.json."""
 
     profile: dict[str, Any]
+    memory: dict[str, tuple[int, ...]]
+    """Inputs that bring a memory -> their shapes: keys and values [1, heads, tokens, size], and the mask."""
 
 
 def is_export(folder: Path) -> bool:
@@ -106,6 +108,7 @@ def _meta(folder: Path, data: dict[str, Any]) -> Meta:
         cache=data["kv"] if decoder else "io",
         eos=tuple(int(token) for token in data.get("eos", ())),
         profile=dict(data["profile"]),
+        memory={str(name): tuple(int(n) for n in shape) for name, shape in data.get("memory", {}).items()},
     )
 
 

@@ -23,8 +23,11 @@ ABOUT = "qc-export.json"
 """The file of an export that says what it is: target, dtype, and the sha256 of every other file."""
 
 
-ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill")
+ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill", "memory")
 """The options of the target ane."""
+
+ONNX_OPTIONS = ("kv",)
+"""The options of the target onnx."""
 
 
 def default_dtype(target: str) -> str:
@@ -34,12 +37,12 @@ def default_dtype(target: str) -> str:
 
 def options_of(target: str) -> tuple[str, ...]:
     """The options that a target has beside those of all."""
-    return ANE_OPTIONS if target == "ane" else OPTIONS.get(target, ())
+    return {"ane": ANE_OPTIONS, "onnx": ONNX_OPTIONS, **OPTIONS}.get(target, ())
 
 
 def homes_of(option: str) -> str:
     """The targets that have an option, as a text names them: ``target ane``, ``targets fp8 and nvfp4``."""
-    found = [target for target in ("ane", *SERVING) if option in options_of(target)]
+    found = [target for target in ("ane", "onnx", *SERVING) if option in options_of(target)]
     return f"target {found[0]}" if len(found) == 1 else f"targets {', '.join(found[:-1])} and {found[-1]}"
 
 

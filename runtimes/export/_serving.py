@@ -23,7 +23,7 @@ from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of
 from runtimes.export.safetensors import DTYPES, Counted, config_of, generation_config_of
 from runtimes.serving import config, layout
 from runtimes.serving.inputs import largest_inputs
-from runtimes.serving.plan import Part, Plan, make_plan
+from runtimes.serving.plan import Part, Plan, make_plan, unshared
 from runtimes.serving.settings import Dialect, Scheme, Serving, Target
 
 SCALES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,7 +128,7 @@ def _prepared(graph: Graph, settings: Serving, dtype: str, errors: list[QcError]
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
         raise_all([*more, *errors])
     plan, found = make_plan(graph, settings, SCALES[dtype])
-    raise_all([*found, *more, *errors])
+    raise_all([*found, *more, *errors, *(unshared(plan) if not found else ())])
     taken = {part.name for part in plan.parts}
     return plan, [tensor for tensor in tensors if tensor.name not in taken]
 

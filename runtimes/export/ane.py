@@ -89,14 +89,16 @@ def settings_of(
     chunks: int | None = None,
     lengths: tuple[int, ...] = (128,),
     dense_prefill: bool = False,
+    memory: int = 64,
 ) -> Settings:
     """What is asked of an export for ``chip``.
 
     A decoder has a cache of ``context`` tokens, kept as ``kv`` says, a function for one token and one for ``prefill``
     (0: none), which ``dense_prefill`` gives dense weights in the place of low-rank scales; its blocks are in ``chunks``
-    packages, or as few as the chip takes. An encoder has a function for each of ``lengths``.
+    packages, or as few as the chip takes. A memory that it reads has ``memory`` tokens. An encoder has a function for
+    each of ``lengths``.
     """
-    return Settings(load_profile(chip), context, prefill or None, kv, chunks, lengths, dense_prefill)
+    return Settings(load_profile(chip), context, prefill or None, kv, chunks, lengths, dense_prefill, memory)
 
 
 def _prepared(graph: Graph, out: Path, settings: Settings, dtype: str, errors: list[QcError]) -> Plan:

@@ -20,12 +20,14 @@ from graph.formats import (
     Int8,
     Scaled,
     format_of,
+    fused_weights,
     packed_sites,
     packed_tensors,
     shared_largest,
     weight_name,
 )
 from graph.formats.scaled import Kind
+from graph.ops import op_name
 from runtimes.serving.settings import BLOCK, Scheme, Serving
 
 _SHARED = {"block": (BLOCK, BLOCK), "tensor": (0, 0), "static": (0, 0)}
@@ -138,21 +140,35 @@ def _linears(graph: Graph) -> Iterator[tuple[str, Site]]:
 
 
 def _held(graph: Graph, site: Site, settings: Serving) -> Iterator[Part]:
-    """A weight that is packed already, by each linear that reads it."""
-    pending, seen = list(site.node.users), set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    """A weight that is packed already, with the first linear that reads it."""
+    for node in _readers(site.node)[:1]:
         reader = Site(graph, node)
-        if reader.op == "aten.linear":
-            before = Site(graph, reader.input(0)) if reader.input(0).op == "call_function" else None
-            rounded = before if before is not None and before.op == "qc.fake_quantize_input" else None
-            form = format_of(site) if settings.target == "nf4" else form_of(settings)
-            yield Part(weight_name(site), reader, form, site, rounded)
-            return
-        pending += list(node.users) if reader.op == "aten.to.dtype" else []
+        before = Site(graph, reader.input(0)) if reader.input(0).op == "call_function" else None
+        rounded = before if before is not None and before.op == "qc.fake_quantize_input" else None
+        form = format_of(site) if settings.target == "nf4" else form_of(settings)
+        yield Part(weight_name(site), reader, form, site, rounded)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value, behind a cast or not."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        cast = user.op == "call_function" and op_name(user.target) == "aten.to.dtype"
+        found += _readers(user) if cast else [user]
+    return found
+
+
+def unshared(plan: Plan) -> Iterator[QcError]:
+    """NVFP4 weights that servers multiply as one, each with a global scale of its own; this one looks at values."""
+    held = {part.name: part for part in plan.parts if part.packed is not None}
+    if plan.settings.target != "nvfp4":
+        return
+    for group in fused_weights({name: part.linear for name, part in held.items()}):
+        scales = [float(plan.sides(held[name])["global_scale"]) for name in group]
+        if len(set(scales)) > 1:
+            what = f"{', '.join(group)} have global scales of their own, and servers multiply them as one"
+            fix = "pack them in one quantize-base, which gives them one scale"
+            yield QcError(what, site=held[group[0]].linear.name, fix=fix)
 
 
 def _as_held(settings: Serving, held: list[Site]) -> Serving:
@@ -186,6 +202,12 @@ def _sharing(form: Scaled, shape: Sequence[int]) -> tuple[int, int]:
 
 def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
     """Packed weights of another format: written as this one they would lose twice."""
+    for site in held:
+        readers = {Site(site.graph, reader).op for reader in _readers(site.node)}
+        if readers != {"aten.linear"}:
+            what = f"{weight_name(site)} is packed, and {' and '.join(sorted(readers))} reads it: servers read floats"
+            yield QcError(what, site=site.name, fix="exclude embed and head from the select of quantize-base")
+            return
     latent = [site for site in held if site.op.startswith("qc.fake_quantize")]
     if latent:
         what = f"{weight_name(latent[0])} is a float weight that is packed anew each time it is read"

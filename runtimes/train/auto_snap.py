@@ -79,7 +79,7 @@ class Snapper:
         """What should be known at the end of the training."""
         return () if self.frozen else ("auto_snap: nothing was rounded, for it never came to rest",)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Its state."""
         return {"resting": torch.tensor(self.resting), "frozen": torch.tensor(self.frozen), **self.seen}
 

@@ -23,6 +23,7 @@ from runtimes.train import plot
 from runtimes.train.checkpoints import Checkpoints, State, same
 from runtimes.train.corpus import open_text
 from runtimes.train.distribute import Processes
+from runtimes.train.divergence import Watch
 from runtimes.train.groups import members
 from runtimes.train.metrics import Metrics, Row, Trackers, read
 from runtimes.train.progress import Progress, Silent, terminal
@@ -102,6 +103,8 @@ class _Session:
         if not self.processes.agree(int(trainer.start[:6], 16)):
             raise QcError("the processes train different models", fix="give all machines the same artifact")
         self.resumed_from = self.state.step
+        known = [row["loss"] for row in read(folder) if row["step"] <= self.state.step] if self.state.step else []
+        self.watch = Watch(self.settings.divergence, known)
 
     def run(self, resolved: Mapping[str, Any]) -> TrainReport:
         trainer = self.trainer
@@ -113,7 +116,7 @@ class _Session:
             self.progress.begin(self.settings.steps, self.state.step)
             for note in self.trainer.text.notes:
                 self.progress.note(note)
-            while self.state.step < self.settings.steps:
+            while self.state.step < self.settings.steps and not self.watch.runs_away:
                 row = self._step()
                 if self.processes.main:
                     metrics.write(row)
@@ -149,6 +152,7 @@ class _Session:
             row |= evaluated
             if best[1] is None or evaluated["eval_loss"] < best[1]:
                 best = (int(row["step"]), evaluated["eval_loss"])
+        self.watch.see(done.loss)
         row["seconds"] = round(before.seconds + time.perf_counter() - began, 3)
         self.state = replace(
             before, step=int(row["step"]), rows=before.rows + done.rows, tokens=before.tokens + done.tokens,
@@ -167,15 +171,30 @@ class _Session:
             self.checkpoints.save(self.state, tensors, periodic)
         self.processes.wait()
 
+    def _go_back(self) -> Path:
+        """Take everything from the best checkpoint that there is, or else from the newest."""
+        best = self.state.best_step
+        found = self.checkpoints.newest()
+        if best is None and found is None:
+            fix = "lower the learning rate, or set save_every or eval_every below that step"
+            raise QcError(f"{self.watch.said()}, and there is no checkpoint to go back to", fix=fix)
+        path = self.folder / "checkpoints" / f"step-{best}" if best is not None else found[0] if found else self.folder
+        self.trainer.load(path)
+        return path
+
     def _finish(self) -> TrainReport:
-        self.trainer.give_back()
         rows, notes = read(self.folder), [*self.trainer.text.notes, *self.trainer.last_words()]
+        path = self.folder / "checkpoints" / f"step-{self.state.step}"
+        if self.watch.runs_away:
+            path = self._go_back()
+            notes.append(f"{self.watch.said()}; what is returned is {path.name} of the checkpoints")
+            self.progress.note(notes[-1])
+        self.trainer.give_back()
         if self.settings.plot and self.processes.main:
             note = plot.draw(rows, self.folder / "loss.png", self.folder.name)
             if note:
                 notes.append(note)
                 self.progress.note(note)
-        path = self.folder / "checkpoints" / f"step-{self.state.step}"
         state, last = self.state, rows[-1]
         return TrainReport(
             steps=state.step, tokens=state.tokens, seconds=state.seconds, first_loss=rows[0]["loss"],

@@ -22,6 +22,7 @@ from runtimes.train.corpus import Text
 from runtimes.train.distribute import Processes, fill, local, whole
 from runtimes.train.gates import Gates
 from runtimes.train.gradients import Norms, prepare
+from runtimes.train.grokfast import SlowGradients
 from runtimes.train.groups import Members, memory, optimizer, remember
 from runtimes.train.identity import digest, identity
 from runtimes.train.layerwise import COLUMNS as LAYER_COLUMNS
@@ -89,6 +90,9 @@ class Trainer:
         if settings.auto_snap is not None:
             trained = [t for t in student.graph.named_tensors() if t.trainable]
             self.snapper = Snapper(settings.auto_snap, trained, student.graph.blocks, groups)
+        self.filters: tuple[SlowGradients, ...] = ()
+        if settings.grokfast is not None:
+            self.filters = (SlowGradients(settings.grokfast, student.parameters),)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
@@ -110,8 +114,10 @@ class Trainer:
             total += loss.detach()
             terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
         means = self.processes.sum(torch.stack([total, *terms.values()])) / max(labels, 1)
-        mean, reduce = means[0], self.processes.sum_shards
-        value, norms = prepare(self._gradients(number), mean, step=number + 1, clip=self.settings.clip, reduce=reduce)
+        value, norms = prepare(
+            self._gradients(number), means[0], step=number + 1, clip=self.settings.clip, filters=self.filters,
+            reduce=self.processes.sum_shards,
+        )  # fmt: skip
         rates = self._set_rates(number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -264,11 +270,7 @@ class Trainer:
         }
         if self.average is not None:
             found["average"] = {name: whole(value) for name, value in self.average.items()}
-        if self.snapper is not None:
-            found["auto_snap"] = self.snapper.tensors()
-        if self.layers is not None:
-            found["layerwise"] = self.layers.state()
-        return found
+        return found | {stem: part.state() for stem, part in self._memories().items()}
 
     def load(self, path: Path) -> None:
         """Take everything from a checkpoint."""
@@ -277,10 +279,13 @@ class Trainer:
         if self.average is not None:
             for name, value in load(path, "average").items():
                 fill(self.average[name], value)
-        if self.snapper is not None:
-            self.snapper.load(load(path, "auto_snap"))
-        if self.layers is not None:
-            self.layers.load(load(path, "layerwise"))
+        for stem, part in self._memories().items():
+            part.load(load(path, stem))
+
+    def _memories(self) -> dict[str, Snapper | Layers | SlowGradients]:
+        """What else remembers something, by the file of a checkpoint that holds it."""
+        there = {"auto_snap": self.snapper, "layerwise": self.layers, "grokfast": next(iter(self.filters), None)}
+        return {stem: part for stem, part in there.items() if part is not None}
 
     def give_back(self) -> None:
         """Put the result, the average if there is one, into the graph; what was frozen on the way stays so."""

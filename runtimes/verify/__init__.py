@@ -2,7 +2,9 @@
 
 weights    exports of weights: transformers reads them
 serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
+ternary    ternary exports: their integers are read for themselves, their floats by transformers
 packages   Core ML packages: the interpreter of runtimes/mil reads them
+onnx       ONNX models: ONNX Runtime reads them
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
     ``timeout`` in seconds is for the process that reads the export.
     """
     target = read_about(folder)["target"]
-    if target == "safetensors":
+    if target == "ternary":
+        from runtimes.verify.ternary import verify_ternary
+
+        return verify_ternary(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target in ("safetensors", "gguf"):
         from runtimes.verify.weights import verify_weights
 
         return verify_weights(folder, graph, tokenizer=tokenizer, timeout=timeout)
@@ -36,4 +42,8 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
         from runtimes.verify.serving import verify_serving
 
         return verify_serving(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target == "onnx":
+        from runtimes.verify.onnx import verify_onnx
+
+        return verify_onnx(folder, graph, tokenizer=tokenizer, timeout=timeout)
     raise QcError(f"{folder} is written for {target!r}, which is not known", fix="verify it with the qc that wrote it")

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from graph import Graph
-from graph.probe import psnr_db
+from graph.probe import padding_tokens, psnr_db
 from runtimes.coreml.encoder import pooling, pools
 from runtimes.coreml.meta import Meta, read_meta
 from runtimes.generate import Generator
 from runtimes.mil import MODES
 from runtimes.sampling import Sampling
 from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
-from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens
+from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens, memory_probe
 from runtimes.verify.similarities import ranked, sentence_rows, similarities
 
 LEAST_DB = {"fp32": 60.0, "fp16": 40.0, "ane": 40.0}
@@ -68,7 +68,7 @@ def verify_packages(
     if not files.passed:
         return PackageVerification((files,))
     meta = read_meta(folder)
-    rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta)
+    rows = decoder_rows(meta) if meta.kind == "causal-lm" else encoder_rows(meta, padding_tokens(graph))
     prompts = greedy_prompts(meta, tokenizer) if meta.kind == "causal-lm" else []
     sentences = _sentences(meta, tokenizer)
     read = _read(folder, meta, rows, {"prompt": prompts, "sentence": sentences}, timeout)
@@ -77,7 +77,8 @@ def verify_packages(
     exact = _in_fp32(graph)
     findings = [files, Finding("the interpreter reads it", True, str(read.facts["packages"]))]
     numbers: dict[str, float] = {}
-    wanted = [_of_graph(exact, row) for row in rows]
+    memory = memory_of(memory_probe(meta))
+    wanted = [_hidden(exact, row.ids, memory if row.memory else {})[row.seen :] for row in rows]
     for mode in MODES:
         findings.append(_compared(mode, rows, wanted, read, numbers))
     if prompts:
@@ -110,9 +111,10 @@ def _read(
     from safetensors.torch import load_file, save_file
 
     given = {f"row_{i}": torch.tensor(row.ids) for i, row in enumerate(rows)}
+    given |= memory_probe(meta)
     given |= {f"{kind}_{i}": torch.tensor(ids) for kind, of in texts.items() for i, ids in enumerate(of)}
     asked = {
-        "rows": [{"pieces": row.pieces, "modes": row.modes, "seen": row.seen} for row in rows],
+        "rows": [{"pieces": row.pieces, "modes": row.modes, "seen": row.seen, "memory": row.memory} for row in rows],
         "tokens": greedy_tokens(meta),
         "kind": meta.kind,
     }
@@ -134,16 +136,17 @@ def _in_fp32(graph: Graph) -> Graph:
     return exact
 
 
-def _of_graph(exact: Graph, row: Row) -> Tensor:
-    """What the graph gives at the positions of a row that are looked at, [tokens, V or C]."""
-    return _hidden(exact, row.ids)[row.seen :]
+def memory_of(probe: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A memory as inputs of a graph: keys, values, and a mask that hides none of them."""
+    tokens = next((value.shape[2] for value in probe.values()), 0)
+    return probe | ({"memory_mask": torch.ones(1, tokens, dtype=torch.int64)} if probe else {})
 
 
-def _hidden(exact: Graph, row: Sequence[int]) -> Tensor:
+def _hidden(exact: Graph, row: Sequence[int], memory: Mapping[str, Tensor] | None = None) -> Tensor:
     """What the graph gives behind each token, [tokens, V or C]."""
     ids = torch.tensor([list(row)], device=exact.device)
     with torch.no_grad():
-        found: Tensor = exact(input_ids=ids, attention_mask=torch.ones_like(ids))
+        found: Tensor = exact(input_ids=ids, attention_mask=torch.ones_like(ids), **(memory or {}))
     return found[0].float().cpu()
 
 

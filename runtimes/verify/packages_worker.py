@@ -56,12 +56,13 @@ def _run(
         if mode not in row["modes"]:
             continue
         ids = given[f"row_{number}"].tolist()
-        result = _row(model, ids, row) if decodes else model.hidden(ids)
+        memory = {name: value for name, value in given.items() if row["memory"] and name.startswith("memory_")}
+        result = _row(model, ids, row, memory) if decodes else model.hidden(ids)
         found[f"{mode}_{number}"] = result.contiguous()
         if mode not in facts["infinite"] and not bool(torch.isfinite(result).all()):
             traces = {loaded.part.file: Trace() for loaded in model.parts}
             model.traces = traces
-            _row(model, ids, row) if decodes else model.hidden(ids)
+            _row(model, ids, row, memory) if decodes else model.hidden(ids)
             model.traces = None
             facts["infinite"][mode] = _first_infinite(traces)
     sentences = [given[f"sentence_{i}"].tolist() for i in range(sum(n.startswith("sentence_") for n in given))]
@@ -75,13 +76,13 @@ def _run(
             found["greedy"] = torch.tensor([_greedy(model, ids, asked["tokens"]) for ids in prompts])
 
 
-def _row(model: Any, ids: list[int], row: dict[str, Any]) -> Tensor:
+def _row(model: Any, ids: list[int], row: dict[str, Any], memory: dict[str, Tensor]) -> Tensor:
     """The logits behind every token of a row from ``seen`` on, which is where a piece ends, or the beginning."""
     import torch
 
     from runtimes.coreml.decoder import Session
 
-    session, found, at = Session(model), [], 0
+    session, found, at = Session(model, memory), [], 0
     for piece in row["pieces"]:
         part = ids[at : at + piece]
         found.append(session.read(part)[None] if at < row["seen"] else session.read_all(part))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from runtimes.coreml.inputs import MEMORY_MASK
 from runtimes.coreml.meta import Meta
 from runtimes.mil import MODES
 
@@ -36,6 +38,9 @@ class Row:
     seen: int = 0
     """The first position whose result is looked at."""
 
+    memory: bool = False
+    """Whether it is read beside ``memory_probe``."""
+
 
 def decoder_rows(meta: Meta) -> list[Row]:
     """A prompt of a block and a part of one, then single tokens; a short one; two turns; and the end of the context.
@@ -49,10 +54,20 @@ def decoder_rows(meta: Meta) -> list[Row]:
     rows = []
     for number, pieces in enumerate(cuts):
         kept = _fitting(pieces, context)
-        rows.append(Row(_tokens(meta, sum(kept), number), kept))
+        rows.append(Row(_tokens(meta, sum(kept), number), kept, memory=bool(meta.memory) and number != 1))
     last = _fitting([context - 4, 1, 1, 1, 1], context)
     rows.append(Row(_tokens(meta, sum(last), len(rows)), last, ("fp32",), max(0, context - 5)))
     return rows
+
+
+def memory_probe(meta: Meta) -> dict[str, torch.Tensor]:
+    """Keys and values of a memory that is not full; nothing for a model that reads none."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, (_, heads, tokens, size) in meta.memory.items():
+        if name != MEMORY_MASK:
+            found[name] = torch.randn(1, heads, tokens - tokens // 4, size, generator=generator)
+    return found
 
 
 def _fitting(pieces: list[int], context: int) -> list[int]:
@@ -64,19 +79,19 @@ def _fitting(pieces: list[int], context: int) -> list[int]:
     return found
 
 
-def encoder_rows(meta: Meta) -> list[Row]:
-    """For every length a text that fills it, and one that does not."""
-    rows = []
+def encoder_rows(meta: Meta, padding: Collection[int] = ()) -> list[Row]:
+    """For every length a text that fills it, and one that does not; without the tokens that stand for padding."""
+    rows = list[Row]()
     for number, length in enumerate(sorted(meta.parts[0].functions.values())):
-        rows += [
-            Row(_tokens(meta, n, 2 * number + i), [n]) for i, n in enumerate((length, max(1, length - length // 3)))
-        ]
+        for i, count in enumerate((length, max(1, length - length // 3))):
+            rows.append(Row(_tokens(meta, count, 2 * number + i, padding), [count]))
     return rows
 
 
-def _tokens(meta: Meta, count: int, seed: int) -> list[int]:
+def _tokens(meta: Meta, count: int, seed: int, padding: Collection[int] = ()) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    found: list[int] = torch.randint(0, meta.vocabulary, (count,), generator=generator).tolist()
+    real = torch.tensor([token for token in range(meta.vocabulary) if token not in padding])
+    found: list[int] = real[torch.randint(0, len(real), (count,), generator=generator)].tolist()
     return found
 
 

@@ -73,17 +73,24 @@ class Verification:
         }  # fmt: skip
 
 
-def verify_weights(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
+def verify_weights(
+    folder: Path,
+    graph: Graph,
+    *,
+    tokenizer: Any = None,
+    timeout: float = 3600.0,
+    probes: list[Probe] | None = None,
+) -> Verification:
     """Check the export in ``folder`` against the ``graph`` it was made of; it may lie on disk still.
 
     ``tokenizer`` is that of the model, to compare the export's with; without it, the export's must agree with itself.
-    ``timeout`` in seconds is for the process that reads the export.
+    ``timeout`` in seconds is for the process that reads the export. Without ``probes`` they are a few fixed batches.
     """
     about = _about(folder)
     files = (hashes(folder, about), _headers(folder, about))
     if not all(finding.passed for finding in files):
         return unread(files)
-    probes = probe_batches(graph)
+    probes = probe_batches(graph) if probes is None else probes
     read, facts = read_export(folder, graph, probes, timeout)
     if not facts:
         return unread((*files, Finding("transformers loads it", False, str(read))))
@@ -133,6 +140,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _headers(folder: Path, about: dict[str, Any]) -> Finding:
     """The safetensors files as their own headers describe them."""
+    if about["target"] == "gguf":
+        return Finding("tensors", True, "in a GGUF file, which its reader tells")
     count = 0
     dtype = _DTYPES[about["dtype"]]
     for path in sorted(folder.glob("*.safetensors")):

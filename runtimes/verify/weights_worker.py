@@ -39,11 +39,14 @@ def _load(folder: str, kind: str, dtype: Any) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    model, info = reader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    file = next(Path(folder).glob("*.gguf"), None)
+    said = {} if file is None else {"gguf_file": file.name}
+    model, info = reader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **said)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         sys.exit(f"transformers reports {json.dumps(wrong)}")
-    if hasattr(model, "hf_quantizer") and model.config.quantization_config.quant_method == "bitsandbytes":
+    packing = getattr(model.config, "quantization_config", None)
+    if packing is not None and packing.quant_method == "bitsandbytes":
         _compute_in(model, dtype)
     return model.eval()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes import schema as recipe
 from recipes import settings
+from runtimes import assess_settings
 from runtimes import settings as runtime
 from tests.docs.blocks import ROOT
 
@@ -28,7 +29,11 @@ SECTIONS = {
     "Layerwise": "[layerwise](#layerwise)",
     "Backtrack": "[backtrack](#layerwise)",
     "AutoSnap": "[auto_snap](#auto_snap)",
+    "Grokfast": "[grokfast](#grokfast)",
+    "Divergence": "[divergence](#divergence)",
     "Evaluate": "[evaluate](#evaluate)",
+    "Audit": "[audit](#audit)",
+    "Assess": "[assess](#assess)",
     "Cache": "[cache](#cache)",
     "Gate": "[gate](#gates)",
     "Export": "[export](#export)",
@@ -94,7 +99,7 @@ def _keys(part: str) -> str:
 
 def _required(part: str) -> list[str]:
     """The keys of a part that have no default; the schema does not ask for all, for a file below may have them."""
-    kinds = [getattr(module, part) for module in (runtime, settings, recipe) if hasattr(module, part)]
+    kinds = [getattr(module, part) for module in (runtime, assess_settings, settings, recipe) if hasattr(module, part)]
     return [field.name for kind in kinds for field in fields(kind) if _has_no_default(field)]
 
 

@@ -18,7 +18,7 @@ model: tiny
 passes:
   - quantize-base: {scheme: lut, lut: {bits: 4, scale: channel}}
 export:
-  - {target: ane, context: 64, prefill: 16}
+  - {target: ane, context: 32, prefill: 8}
 """
 
 
@@ -29,13 +29,14 @@ def exported(folder: Path) -> tuple[str, Path]:
     done = qc("compile", "ane.yaml", cwd=folder)
     assert done.code == 0, done.err
     artifact = done.out.strip().splitlines()[-1]
-    made = qc("export", artifact, "--target", "ane", "--context", "64", "--prefill", "16", "--json", cwd=folder)
+    made = qc("export", artifact, "--target", "ane", "--context", "32", "--prefill", "8", "--json", cwd=folder)
     found = answer(made)
     assert found["export/psnr_db"] >= 40 and 0.9 <= found["top1"] <= 1
     assert "ok    in ane arithmetic" in made.err and "ok    greedy tokens" in made.err
     return artifact, folder / found["folder"]
 
 
+@pytest.mark.slow
 def test_verify_says_a_line_for_everything(exported: tuple[str, Path], folder: Path) -> None:
     done = qc("verify", str(exported[1]), "--artifact", exported[0], cwd=folder)
     assert done.code == 0, done.err
@@ -52,7 +53,7 @@ def test_a_spoiled_package_ends_with_4(exported: tuple[str, Path], folder: Path)
     assert "weight.bin is not what was written: its sha256 is wrong" in done.err
 
 
-@pytest.mark.parametrize("given", ["", "chunk_1.mlpackage"])
+@pytest.mark.parametrize("given", ["", pytest.param("chunk_1.mlpackage", marks=pytest.mark.slow)])
 def test_generate_answers_from_the_packages(given: str, exported: tuple[str, Path], folder: Path) -> None:
     asked = ("generate", "-p", "ab", "--max-tokens", "6", "--json", "--artifact")
     ours = answer(qc(*asked, str(exported[1] / given), cwd=folder))

@@ -9,7 +9,8 @@ from recipes.load import load
 @pytest.mark.parametrize("name", shipped.names())
 def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load(name)
-    assert (recipe.name, recipe.model) == (name, "seedling")
+    models = [one.model for one in recipe.models.values()] if recipe.models else [recipe.model]
+    assert (recipe.name, set(models)) == (name, {"seedling"})
     assert load(shipped.path(name)).digest() == recipe.digest()
 
 
@@ -25,6 +26,7 @@ def test_every_shipped_recipe_says_what_it_is_for() -> None:
     [
         ("quickstart", "scales", "base.lut.rank", 3, ("quantize-base", "lut", "rank")),
         ("qlora", "tune", "lora.rank", 3, ("add-lora", "rank")),
+        ("awareness", "learn", "gca.every_n", 3, ("insert-gca", "every_n")),
     ],
 )
 def test_the_steps_of_the_shipped_recipes_are_set_by_their_names(

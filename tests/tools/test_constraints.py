@@ -3,7 +3,7 @@ import tomllib
 
 from tools.check import ROOT
 
-UNTESTED = {"fp8", "onnx", "all"}
+UNTESTED = {"fp8", "all"}
 """Extras whose libraries are not in the tested set yet."""
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, docs/ane.md and docs/retrieval.md, which commands of ``tools`` print and put there."""
+"""The tables of pages under docs/, which commands of ``tools`` print and put there."""
 
 from __future__ import annotations
 

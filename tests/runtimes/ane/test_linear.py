@@ -15,9 +15,11 @@ from graph.formats import LutOptions
 from graph.formats.bits import pack_bits
 from graph.probe import psnr_db
 from graph.sites import Site
+from passes.freeze_ternary import FreezeTernary
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from passes.snap import Snap
+from passes.ternary_ste import TernarySte
 from runtimes.ane import linear as _  # noqa: F401  it fills the table
 from runtimes.ane.emitter import Emitter
 from runtimes.ane.lowering import TABLE, Lowering, Options, Value
@@ -187,3 +189,23 @@ def test_the_bytes_of_a_weight_follow_from_its_shape(options: dict[str, Any]) ->
     indices, levels = found.table()
     sides = [found.scale()] if found.row_scale else [*found.factors()]
     assert found.bytes() == -(-indices.size * found.bits // 8) + levels.nbytes + sum(side.nbytes for side in sides)
+
+
+@pytest.mark.parametrize("packing", ["2bit", "trit5"])
+@pytest.mark.parametrize(
+    ("options", "kind", "rank"),
+    [({}, "lut", 0), ({"granularity": "tensor"}, "lut", 0), ({"granularity": "group", "group": 16}, "low-rank", 4)],
+    ids=["rows", "one", "groups"],
+)
+def test_ternary_weights_are_a_lut_of_two_bits_with_their_scales(
+    packing: Any, options: dict[str, Any], kind: str, rank: int
+) -> None:
+    graph = packed()
+    apply(TernarySte(select=EVERYTHING, tau=0.7, scale="least-squares", **options), graph, check=False)
+    apply(FreezeTernary(select=EVERYTHING, packing=packing), graph, check=False)
+    ops, computed, wanted = lowered(graph, 3)
+    found = weight(graph)
+    assert (found.kind, found.bits, found.levels, found.rank) == (kind, 2, 3, rank)
+    assert found.row_scale == (kind == "lut")
+    assert "constexpr_lut_to_dense" in ops and not any("dense" in op and "lut" not in op for op in ops)
+    assert psnr_db(wanted, computed) >= 70

@@ -1,4 +1,4 @@
-"""Every rule has a package that breaks it and one that does not."""
+"""Every rule has a function that breaks it and one that does not, saved as packages are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from runtimes.ane.profile import Profile, load_profile
 from runtimes.lint.report import lint_package
 from runtimes.lint.rules import RULES
-from runtimes.lint.subject import CHECKS
+from runtimes.lint.subject import CHECKS, Subject
 from runtimes.mil import Interpreter, Package, Trace
 from tests.runtimes.mil.building import FP16, INT32, function, mb, save, state, types
 
@@ -165,24 +165,53 @@ def broken(folder: Path, body: Body, pair: Pair, inputs: dict[str, Any], functio
     if functions > 1:
         made["other"] = function(inputs, body)
     package = Package(save(folder, made))
-    trace = None
-    if not pair.profile.name.startswith("m1"):
-        trace = Trace()
-        given = {
-            v.name: torch.full([n or 1 for n in v.type.shape], pair.value).to(v.type.dtype.held)
-            for v in package.function("main").inputs
-        }
-        read = Interpreter(package, "fp16")
-        read.run(given, read.state("main"), function="main", trace=trace)
-    return lint_package(package, pair.profile, "chunk", trace)
+    return lint_package(package, pair.profile, "chunk", traced(Interpreter(package, "fp16"), "main", pair.value))
 
 
-@pytest.mark.parametrize("rule", PAIRS)
-def test_a_rule_is_broken_by_one_package_and_not_by_another(rule: str, tmp_path: Path) -> None:
+def traced(read: Interpreter, name: str, value: float) -> Trace:
+    """What the tensors of a function are like, of inputs that are all the same."""
+    trace = Trace()
+    inputs = read.package.function(name).inputs
+    given = {v.name: torch.full([n or 1 for n in v.type.shape], value).to(v.type.dtype.held) for v in inputs}
+    read.run(given, read.state(name), function=name, trace=trace)
+    return trace
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Both bodies of every pair, as functions of one package; a rule about functions has packages of its own."""
+    functions = {}
+    for rule, pair in PAIRS.items():
+        if not pair.second:
+            functions[f"{rule}_bad"] = function(pair.inputs, pair.bad)
+            functions[f"{rule}_good"] = function(pair.good_inputs or pair.inputs, pair.good)
+    return Package(save(tmp_path_factory.mktemp("rules") / "pairs.mlpackage", functions))
+
+
+@pytest.fixture(scope="module")
+def read(saved: Package) -> Interpreter:
+    return Interpreter(saved, "fp16")
+
+
+def breaks(read: Interpreter, rule: str, kind: str) -> list[Any]:
+    """What breaks a rule in one of the bodies of its pair."""
+    pair, made = PAIRS[rule], read.package.function(f"{rule}_{kind}")
+    trace = None if pair.profile is M1 else traced(read, made.name, pair.value)
+    return list(CHECKS[rule](Subject(read.package, made, pair.profile, "chunk", trace)))
+
+
+@pytest.mark.parametrize("rule", [rule for rule, pair in PAIRS.items() if not pair.second])
+def test_a_rule_is_broken_by_one_function_and_not_by_another(rule: str, read: Interpreter) -> None:
+    assert breaks(read, rule, "bad")
+    assert breaks(read, rule, "good") == []
+
+
+@pytest.mark.parametrize("rule", [rule for rule, pair in PAIRS.items() if pair.second])
+def test_a_rule_about_functions_is_broken_by_one_package_and_not_by_another(rule: str, tmp_path: Path) -> None:
     pair = PAIRS[rule]
-    found = broken(tmp_path / "bad.mlpackage", pair.bad, pair, pair.inputs, 2 if pair.second else 1)
+    found = broken(tmp_path / "bad.mlpackage", pair.bad, pair, pair.inputs, 2)
     assert [v for v in found if v.rule == rule], f"{rule} is not broken: {found}"
-    found = broken(tmp_path / "good.mlpackage", pair.good, pair, pair.good_inputs or pair.inputs)
+    found = broken(tmp_path / "good.mlpackage", pair.good, pair, pair.inputs)
     assert not [v for v in found if v.rule == rule], f"{rule} is broken: {found}"
 
 

@@ -1,0 +1,194 @@
+"""Verifying an ONNX model: ONNX Runtime reads what was saved and computes with it.
+
+The reference is the graph in fp32 with its weights as they are. A model in fp32 differs from it by the order of
+additions alone, however its weights are packed; what one in fp16 differs by is the price of the dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graph import Graph
+from graph.probe import psnr_db, vocabulary
+from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
+from runtimes.verify.onnx_file import weights_lie, weights_size
+from runtimes.verify.probes import PROMPTS
+
+MOST = 1e-4
+"""Largest difference in fp32, for values of up to 10; where they are larger, this in their proportion."""
+
+LEAST_DB = {"fp32": 90.0, "fp16": 40.0, "loose": 30.0}
+"""PSNR against the graph: by dtype, and as ONNX Runtime sets itself, with 8 bits for what weights multiply."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens and mask [B, T], and how they are read."""
+
+    ids: Tensor
+    mask: Tensor
+    pieces: tuple[int, ...]
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class OnnxVerification:
+    """What was found of an export."""
+
+    findings: tuple[Finding, ...]
+    numbers: dict[str, float] = field(default_factory=dict)
+    """``max_difference``, ``export/psnr_db`` and ``top1``, ``size_off``, and ``loose/psnr_db`` of packed weights."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(finding.passed for finding in self.findings)
+
+    def table(self) -> str:
+        """One line for everything that was checked."""
+        return table(self.findings)
+
+    def figures(self) -> dict[str, Any]:
+        """For a report or ``--json``."""
+        return {"passed": self.passed, "export/psnr_db": -math.inf, "top1": 0.0, **self.numbers}
+
+
+def verify_onnx(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> OnnxVerification:
+    """Check the model in ``folder`` against the graph; ``runtimes.verify.verify`` says the rest."""
+    about = read_about(folder)
+    dtype = str(about["dtype"])
+    findings = [hashes(folder, about)]
+    if findings[0].passed:
+        findings.append(weights_lie(folder))
+    if not all(finding.passed for finding in findings):
+        return OnnxVerification(tuple(findings))
+    exact = graph.copy().to(torch.float32)
+    size, packed, numbers = weights_size(folder, exact, 2 if dtype == "fp16" else 4)
+    findings.append(size)
+    probes = probes_of(exact, bool(about.get("kv")), tokenizer)
+    read = _read(folder, probes, packed, timeout)
+    if isinstance(read, str):
+        return OnnxVerification((*findings, Finding("ONNX Runtime reads it", False, read)), numbers)
+    found, facts = read
+    findings.append(Finding("ONNX Runtime reads it", True, ", ".join(facts["outputs"][:3])))
+    ours = [_of_graph(exact, probe) for probe in probes]
+    for text, what in ((False, "on random tokens"), (True, "on text")):
+        findings += _compared(what, dtype, probes, ours, found, [p.text == text for p in probes], numbers)
+    if packed:
+        findings.append(_loose(probes, ours, found, numbers))
+    findings.append(_tokenizer(facts["tokenizer"], tokenizer))
+    return OnnxVerification(tuple(findings), numbers)
+
+
+def probes_of(graph: Graph, kv: bool, tokenizer: Any) -> list[Probe]:
+    """Random tokens of several batches and lengths, whole, padded on either side, of several documents; and texts.
+
+    With a past, two of them are read in pieces.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for batch, length, padded, pieces in (
+        (2, 24, 0, ()), (3, 17, -5, (9, 1, 7)), (3, 17, 5, (8, 1, 1, 7)), (1, 1, 0, ()), (4, 41, -40, ())
+    ):  # fmt: skip
+        ids = torch.randint(0, vocabulary(graph), (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, slice(padded, None) if padded < 0 else slice(padded)] = 0
+        found.append(Probe(ids, mask, pieces if kv and pieces else (length,)))
+    ids = torch.randint(0, vocabulary(graph), (2, 23), generator=generator)
+    documents = torch.ones_like(ids)
+    documents[:, 9:], documents[0, 15:] = 2, 3
+    found.append(Probe(ids, documents, (23,)))
+    for prompt in PROMPTS if tokenizer is not None else ():
+        ids = torch.tensor([list(tokenizer(prompt)["input_ids"])])
+        found.append(Probe(ids, torch.ones_like(ids), (ids.shape[1],), text=True))
+    return found
+
+
+def _read(
+    folder: Path, probes: Sequence[Probe], loose: bool, timeout: float
+) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
+    """What ONNX Runtime computes, in a process of its own; or why it does not."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    given = {f"ids_{i}": probe.ids for i, probe in enumerate(probes)}
+    given |= {f"mask_{i}": probe.mask for i, probe in enumerate(probes)}
+    asked = {"pieces": [probe.pieces for probe in probes], "loose": loose}
+    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
+        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
+        save_file(given, inputs, metadata={"asked": json.dumps(asked)})
+        failed = read_afresh("runtimes.verify.onnx_worker", folder, inputs, outputs, timeout)
+        if failed is not None:
+            return failed
+        with safe_open(outputs, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+        return load_file(outputs), facts
+
+
+def _of_graph(exact: Graph, probe: Probe) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = exact(input_ids=probe.ids.to(exact.device), attention_mask=probe.mask.to(exact.device))
+    return out.float().cpu()
+
+
+def _tokens(values: Sequence[Tensor], probes: Sequence[Probe]) -> Tensor:
+    """[B, T, d] of every probe  ->  [tokens, d], padding left out."""
+    return torch.cat([value[probe.mask.bool()] for value, probe in zip(values, probes, strict=True)])
+
+
+def _compared(
+    what: str,
+    dtype: str,
+    probes: Sequence[Probe],
+    ours: Sequence[Tensor],
+    found: dict[str, Tensor],
+    chosen: Sequence[bool],
+    numbers: dict[str, float],
+) -> list[Finding]:
+    """The numbers of some probes."""
+    those = [i for i, yes in enumerate(chosen) if yes]
+    if not those:
+        return []
+    a = _tokens([ours[i] for i in those], [probes[i] for i in those])
+    b = _tokens([found[f"out_{i}"] for i in those], [probes[i] for i in those])
+    difference = (b.double() - a.double()).abs().max().item()
+    psnr, top1 = psnr_db(a, b), (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+    most = MOST * max(1.0, a.abs().max().item() / 10)
+    passed = psnr >= LEAST_DB[dtype] and (dtype != "fp32" or difference <= most)
+    limit = f" of {most:.2g}" if dtype == "fp32" else ""
+    told = f"max |Δ| {difference:.2g}{limit}, {psnr:.1f} dB PSNR of {LEAST_DB[dtype]:g} dB, top-1 agreement {top1:.1%}"
+    if what == "on text":
+        numbers |= {"text/max_difference": difference, "text/psnr_db": psnr, "text/top1": top1}
+    else:
+        numbers |= {"max_difference": difference, "export/psnr_db": psnr, "top1": top1}
+    return [Finding(what, passed, told)]
+
+
+def _loose(
+    probes: Sequence[Probe], ours: Sequence[Tensor], found: dict[str, Tensor], numbers: dict[str, float]
+) -> Finding:
+    """As ONNX Runtime computes where nobody tells it how exactly."""
+    a = _tokens(ours, probes)
+    b = _tokens([found[f"loose_{i}"] for i in range(len(probes))], probes)
+    numbers["loose/psnr_db"] = psnr = psnr_db(a, b)
+    numbers["loose/top1"] = top1 = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+    told = f"{psnr:.1f} dB PSNR of {LEAST_DB['loose']:g} dB, top-1 agreement {top1:.1%}"
+    return Finding("as ONNX Runtime sets itself", psnr >= LEAST_DB["loose"], told)
+
+
+def _tokenizer(said: list[list[int]] | None, tokenizer: Any) -> Finding:
+    if said is None:
+        return Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing")
+    wanted = said if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
+    return Finding(
+        "tokenizer", said == wanted, f"{len(said)} texts, the same tokens" if said == wanted else "other tokens"
+    )

@@ -1,0 +1,96 @@
+"""What each format of GPU servers costs: perplexity and top-1 agreement of the seedling, computed as a server would.
+
+python tools/formats.py [--batches 16] [--batch 8] [--length 128] [--markdown]
+
+The text is of the Python library, held out. Weights are packed and inputs rounded as the export of that name has them,
+which qc verify holds to what transformers computes, to the last digit. All is computed in fp32, NVFP4 and MX too,
+so that formats differ in nothing else; float scales are rounded as in the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("fp8", {}),
+    "fp8, scheme block": ("fp8", {"scheme": "block"}),
+    "fp8, scheme tensor": ("fp8", {"scheme": "tensor"}),
+    "fp8, scheme static": ("fp8", {"scheme": "static"}),
+    "fp8, weight-only": ("fp8", {"weight_only": True}),
+    "mxfp8": ("mxfp8", {}),
+    "int8": ("int8", {}),
+    "int8, weight-only": ("int8", {"weight_only": True}),
+    "nvfp4": ("nvfp4", {}),
+    "nvfp4, weight-only": ("nvfp4", {"weight_only": True}),
+    "mxfp4": ("mxfp4", {}),
+    "mxfp4, weight-only": ("mxfp4", {"weight_only": True}),
+    "int4, group 32": ("int4", {"group": 32}),
+    "int4": ("int4", {}),
+    "nf4": ("nf4", {}),
+}
+
+
+def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
+    """The graph as it is served in that format, and its bits a weight, scales included."""
+    from runtimes.ane.ranges import calibration
+    from runtimes.export import default_dtype
+    from runtimes.export._serving import SCALES, settings_of
+    from runtimes.serving.inputs import largest_inputs
+    from runtimes.serving.plan import make_plan
+    from runtimes.serving.reference import served
+
+    target, options = FORMATS[name]
+    plan, errors = make_plan(graph, settings_of(cast(Any, target), **options), SCALES[default_dtype(target)])
+    assert not errors, errors
+    largest: dict[str, float] = {}
+    if plan.settings.calibrated:
+        named = largest_inputs(graph, calibration(graph, folder, 1024), [part.linear.name for part in plan.parts])
+        largest = {part.module: named[part.linear.name] for part in plan.parts}
+    stored = sum(side.nbytes for part in plan.parts for side in plan.planned(part).values())
+    weights = sum(torch.Size(plan.shape(part)).numel() for part in plan.parts)
+    return served(plan, largest), 8 * stored / weights
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    said = parser.parse_args()
+    from graph import capture
+    from graph.artifact import load_tokenizer
+    from graph.checkpoint import locate
+    from runtimes.data.corpus import Corpus
+    from runtimes.evaluate import evaluate
+    from runtimes.settings import PythonStdlib
+
+    folder = locate("seedling")
+    graph = capture(str(folder), dtype=torch.float32).materialize()
+    corpus, count = Corpus(PythonStdlib(), Path()), said.batches * said.batch
+    with tempfile.TemporaryDirectory(prefix="qc-formats-") as cache:
+        rows = corpus.rows(
+            "heldout", enough=count * said.length, tokenizer=load_tokenizer(folder, "seedling"), length=said.length,
+            cache=Path(cache),
+        )  # fmt: skip
+        batches = [rows.batch(range(start, start + said.batch)) for start in range(0, count, said.batch)]
+    before = evaluate(graph, batches)["perplexity"]
+    print("| format | bits a weight | perplexity | over FP16 | same likeliest token |\n| --- | --- | --- | --- | --- |")
+    print(f"| FP16 | 16 | {before:.3f} | | |", flush=True)
+    for name in FORMATS:
+        twin, bits = served_as(graph, name, folder)
+        found = evaluate(twin, batches, reference=graph, metrics=("perplexity", "top1"))
+        price = found["perplexity"] / before - 1
+        print(f"| `{name}` | {bits:.2f} | {found['perplexity']:.3f} | {price:+.2%} | {found['top1']:.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
