@@ -186,17 +186,14 @@ def _gates_before(path: Path, metrics: Collection[str]) -> list[dict[str, Any]]:
     return [one for one in told if one["metric"] not in metrics]
 
 
-def _ends(gate: Gate, values: Sequence[float]) -> dict[str, float]:
-    """How a series began, how it ended, and how much of it is finite."""
+def _ends(gate: Gate, values: Sequence[float]) -> dict[str, float | None]:
+    """How a series began, how it ended, and how many of its values are finite; nothing stands for what is no number."""
     if not values:
         return {}
     window = min(gate.window or 10, max(1, len(values) // 2))
-    return {
-        "steps": len(values),
-        "first": sum(values[:window]) / window,
-        "last": sum(values[-window:]) / window,
-        "finite": sum(math.isfinite(value) for value in values),
-    }
+    ends = {"first": sum(values[:window]) / window, "last": sum(values[-window:]) / window}
+    told: dict[str, float | None] = {key: value if math.isfinite(value) else None for key, value in ends.items()}
+    return {"steps": len(values), **told, "finite": sum(math.isfinite(value) for value in values)}
 
 
 def _figures(run: Run, stage: Stage, artifact: Path, wanted: Collection[str]) -> dict[str, float]:
