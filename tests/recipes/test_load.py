@@ -101,7 +101,8 @@ def test_defaults() -> None:
     recipe = read("model: ./qwen3-tiny\nexport: [{target: safetensors}]\n")
     assert recipe.model == str(Path.cwd() / "qwen3-tiny")
     assert (recipe.name, recipe.seed, recipe.dtype, recipe.probe) == ("recipe", 0, "fp32", Probe(batch=2, length=16))
-    assert recipe.export == (Export(target="safetensors", dtype="fp16", max_shard_size="5GB", out=None),)
+    assert recipe.export == (Export(target="safetensors", dtype=None, max_shard_size="5GB", out=None),)
+    assert recipe.export[0].numbers == "fp16"
     assert (recipe.passes, recipe.train, recipe.evaluate, recipe.require, recipe.stages) == ((), None, None, (), ())
 
 
