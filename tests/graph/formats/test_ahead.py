@@ -20,8 +20,8 @@ def test_results_come_in_the_order_of_the_items_whichever_is_done_first() -> Non
     assert list(worked_ahead(work, range(5), threads=2)) == [0, 1, 4, 9, 16]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_items_are_not_taken_before_there_is_a_thread_for_them(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (3, 4)])
+def test_no_more_than_one_item_waits_for_a_thread(threads: int, most: int) -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -30,7 +30,20 @@ def test_items_are_not_taken_before_there_is_a_thread_for_them(threads: int) -> 
             yield item
 
     results = worked_ahead(lambda item: item, items(), threads)
-    assert next(results) == 0 and len(taken) == threads
+    assert next(results) == 0 and len(taken) == most
+
+
+def test_no_thread_idles_while_the_first_item_is_not_done() -> None:
+    third_is_done = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 0:
+            assert third_is_done.wait(10)
+        elif item == 2:
+            third_is_done.set()
+        return item
+
+    assert list(worked_ahead(work, range(4), threads=2)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -47,7 +60,7 @@ def test_what_goes_wrong_is_raised_at_its_turn_and_ends_the_work(threads: int) -
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="two"):
         next(results)
-    assert max(begun) <= 3
+    assert max(begun) <= 4
 
 
 def test_steps_inside_have_one_thread_and_those_outside_keep_theirs() -> None:
