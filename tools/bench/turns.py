@@ -80,7 +80,7 @@ class Training:
         torch.nn.utils.clip_grad_norm_(list(self.student.parameters.values()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.item())
 
 
 def serve(make_side: Callable[[], Side]) -> None:
