@@ -20,6 +20,7 @@ from graph.shapes import dims_of
 from graph.sites import node_name
 from runtimes.ane.emitter import Array, Emitter, Var
 from runtimes.ane.weights import Weight, constant
+from runtimes.emitters import Emitters
 
 
 @dataclass(frozen=True)
@@ -151,20 +152,10 @@ class Lowering:
 
 Lower = Callable[[Lowering, fx.Node], Result]
 
-TABLE: dict[str, Lower] = {}
+TABLE: Emitters[Lower] = Emitters()
 """Op of the graph -> the function that emits it."""
 
-
-def lowers(*ops: str) -> Callable[[Lower], Lower]:
-    """Make a function the lowering of these ops."""
-
-    def register(function: Lower) -> Lower:
-        for op in ops:
-            assert op not in TABLE, f"two lowerings for {op}"
-            TABLE[op] = function
-        return function
-
-    return register
+lowers = TABLE.lowers
 
 
 def features_of(node: fx.Node) -> tuple[int, ...]:
