@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from runtimes.verify import weights_worker
 from runtimes.verify.weights import Rounded, probe_batches
 from runtimes.verify.weights import verify_weights as verify
 from tests.architectures import config
+from tests.runtimes.readers import read_here
 from tests.runtimes.test_export_safetensors import tokenizer_folder
 
 
@@ -51,17 +51,7 @@ def exported(folder: Path, dtype: Dtype = "fp16", kind: str = "causal-lm") -> Pa
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the reader here: it takes seconds to import transformers anew. One test uses a process of its own."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        try:
-            weights_worker.main(*command[3:])
-        except SystemExit as stop:
-            return subprocess.CompletedProcess(command, 1, "", str(stop))
-        except (OSError, ValueError, RuntimeError) as error:
-            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("runtimes.verify.findings.subprocess.run", run)
+    read_here(monkeypatch, weights_worker, OSError, ValueError, RuntimeError)
 
 
 def failing(folder: Path, tokenizer: Any = None) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from runtimes.verify import onnx_worker as worker
 from runtimes.verify import verify
 from tests.runtimes.ane.models import quantized, random
 from tests.runtimes.onnx.running import written
+from tests.runtimes.readers import read_here
 
 SQUARE = "model.layers.0.self_attn.k_proj.weight"
 """A weight of 32 rows and 32 columns: turned, it still fits."""
@@ -45,15 +45,7 @@ def export(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the reader here; one test uses a process of its own."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        try:
-            worker.main(*command[3:])
-        except SystemExit as stop:
-            return subprocess.CompletedProcess(command, 1, "", str(stop))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("runtimes.verify.findings.subprocess.run", run)
+    read_here(monkeypatch, worker)
 
 
 def test_a_sound_export_passes_in_a_process_of_its_own(graph: Graph, sound: Path) -> None:

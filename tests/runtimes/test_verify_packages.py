@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from runtimes.verify import packages_worker as worker
 from runtimes.verify import verify
 from runtimes.verify.probes import decoder_rows
 from tests.runtimes.coreml.exports import decoder_graph, encoder_graph, write
+from tests.runtimes.readers import read_here
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -47,15 +47,7 @@ def export(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the reader here; one test uses a process of its own."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        try:
-            worker.main(*command[3:])
-        except SystemExit as stop:
-            return subprocess.CompletedProcess(command, 1, "", str(stop))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("runtimes.verify.findings.subprocess.run", run)
+    read_here(monkeypatch, worker)
 
 
 def sign(export: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from graph import Graph, capture
 from runtimes.export import default_dtype, find
 from runtimes.verify import weights_worker
+from tests.runtimes.readers import read_here
 
 
 class Case(NamedTuple):
@@ -83,14 +83,4 @@ def exported(folder: Path, case: Case, of: Graph | None = None) -> Path:
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the reader here: it takes seconds to import transformers anew. Some tests use a process of its own."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        try:
-            weights_worker.main(*command[3:])
-        except SystemExit as stop:
-            return subprocess.CompletedProcess(command, 1, "", str(stop))
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
-            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("runtimes.verify.findings.subprocess.run", run)
+    read_here(monkeypatch, weights_worker, OSError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError)
