@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from graph import QcError
 from graph.weights import sha256
@@ -27,32 +28,26 @@ class Finding:
     found: str
 
 
-class Report(Protocol):
+@dataclass(frozen=True)
+class Report(ABC):
     """What was found of an export, whatever its target."""
 
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """Everything that was checked."""
-        ...
+    findings: tuple[Finding, ...]
+    """Everything that was checked."""
 
     @property
     def passed(self) -> bool:
         """Whether everything is as it should be."""
-        ...
+        return all(finding.passed for finding in self.findings)
 
     def table(self) -> str:
         """One line for everything that was checked."""
-        ...
+        width = max(len(f.what) for f in self.findings)
+        return "\n".join(f"{'ok  ' if f.passed else 'FAIL'}  {f.what:<{width}}  {f.found}" for f in self.findings)
 
+    @abstractmethod
     def figures(self) -> dict[str, Any]:
         """For a report or ``--json``; ``export/psnr_db`` and ``top1`` are always there."""
-        ...
-
-
-def table(findings: tuple[Finding, ...]) -> str:
-    """One line for everything that was checked."""
-    width = max(len(f.what) for f in findings)
-    return "\n".join(f"{'ok  ' if f.passed else 'FAIL'}  {f.what:<{width}}  {f.found}" for f in findings)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -78,6 +73,15 @@ def hashes(folder: Path, about: Mapping[str, Any]) -> Finding:
         if sha256(path) != entry["sha256"]:
             return Finding("files", False, f"{name} is not what was written: its sha256 is wrong")
     return Finding("files", True, f"{len(about['files'])}, each with its sha256")
+
+
+def same_tokens(said: list[list[int]] | None, tokenizer: Any) -> Finding:
+    """Whether the tokenizer of an export makes the tokens ``said`` of the probe texts that the model's makes."""
+    if said is None:
+        return Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing")
+    wanted = said if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
+    same = said == wanted
+    return Finding("tokenizer", same, f"{len(PROBE_TEXTS)} texts, the same tokens" if same else "gives other tokens")
 
 
 def read_afresh(module: str, folder: Path, inputs: Path, outputs: Path, timeout: float) -> str | None:

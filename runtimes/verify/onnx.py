@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graph import Graph
 from graph.probe import psnr_db, vocabulary
-from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
+from runtimes.verify.findings import Finding, Report, hashes, read_about, read_afresh, same_tokens
 from runtimes.verify.onnx_file import weights_lie, weights_size
 from runtimes.verify.probes import PROMPTS
 
@@ -41,21 +41,11 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class OnnxVerification:
+class OnnxVerification(Report):
     """What was found of an export."""
 
-    findings: tuple[Finding, ...]
     numbers: dict[str, float] = field(default_factory=dict)
     """``max_difference``, ``export/psnr_db`` and ``top1``, ``size_off``, and ``loose/psnr_db`` of packed weights."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is as it should be."""
-        return all(finding.passed for finding in self.findings)
-
-    def table(self) -> str:
-        """One line for everything that was checked."""
-        return table(self.findings)
 
     def figures(self) -> dict[str, Any]:
         """For a report or ``--json``."""
@@ -85,7 +75,7 @@ def verify_onnx(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: f
         findings += _compared(what, dtype, probes, ours, found, [p.text == text for p in probes], numbers)
     if packed:
         findings.append(_loose(probes, ours, found, numbers))
-    findings.append(_tokenizer(facts["tokenizer"], tokenizer))
+    findings.append(same_tokens(facts["tokenizer"], tokenizer))
     return OnnxVerification(tuple(findings), numbers)
 
 
@@ -183,12 +173,3 @@ def _loose(
     numbers["loose/top1"] = top1 = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
     told = f"{psnr:.1f} dB PSNR of {LEAST_DB['loose']:g} dB, top-1 agreement {top1:.1%}"
     return Finding("as ONNX Runtime sets itself", psnr >= LEAST_DB["loose"], told)
-
-
-def _tokenizer(said: list[list[int]] | None, tokenizer: Any) -> Finding:
-    if said is None:
-        return Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing")
-    wanted = said if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
-    return Finding(
-        "tokenizer", said == wanted, f"{len(said)} texts, the same tokens" if said == wanted else "other tokens"
-    )

@@ -26,7 +26,7 @@ from runtimes.coreml.meta import Meta, read_meta
 from runtimes.generate import Generator
 from runtimes.mil import MODES
 from runtimes.sampling import Sampling
-from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
+from runtimes.verify.findings import Finding, Report, hashes, read_about, read_afresh, same_tokens
 from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens, memory_probe
 from runtimes.verify.similarities import ranked, sentence_rows, similarities
 
@@ -38,21 +38,11 @@ _TIE = 4.0
 
 
 @dataclass(frozen=True)
-class PackageVerification:
+class PackageVerification(Report):
     """What was found of an export."""
 
-    findings: tuple[Finding, ...]
     numbers: dict[str, float] = field(default_factory=dict)
     """``fp32/psnr_db``, ``fp32/top1``, ``fp32/max_difference`` and so on for each mode."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is as it should be."""
-        return all(finding.passed for finding in self.findings)
-
-    def table(self) -> str:
-        """One line for everything that was checked."""
-        return table(self.findings)
 
     def figures(self) -> dict[str, Any]:
         """For a report or ``--json``. ``export/psnr_db`` is that of fp16 mode, what a device computes at best."""
@@ -86,7 +76,7 @@ def verify_packages(
     if sentences:
         alike = similarities(partial(_hidden, exact), pooling(folder), sentences)
         findings.append(ranked(alike, {mode: read.values[f"{mode}_similarities"] for mode in MODES}, numbers))
-    findings.append(_tokenizer(read.facts["tokenizer"], tokenizer))
+    findings.append(same_tokens((read.facts["tokenizer"] or {}).get("ids"), tokenizer))
     return PackageVerification(tuple(findings), numbers)
 
 
@@ -196,11 +186,3 @@ class _NoText:
     def decode(self, ids: Sequence[int], **_: object) -> str:
         """No text at all."""
         return ""
-
-
-def _tokenizer(said: dict[str, Any] | None, tokenizer: Any) -> Finding:
-    if said is None:
-        return Finding("tokenizer", tokenizer is None, "none" if tokenizer is None else "missing")
-    wanted = said["ids"] if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
-    same = said["ids"] == wanted
-    return Finding("tokenizer", same, f"{len(PROBE_TEXTS)} texts, the same tokens" if same else "gives other tokens")

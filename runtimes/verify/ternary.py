@@ -18,29 +18,19 @@ import torch
 from graph import Graph
 from graph.formats.tokens import with_plain_tokens
 from runtimes.export.ternary import FLOATS, RECORD, WEIGHTS
-from runtimes.verify.findings import Finding, hashes, read_about, table
-from runtimes.verify.weights import Probe, Verification, probe_batches, verify_weights
+from runtimes.verify.findings import Finding, Report, hashes, read_about
+from runtimes.verify.weights import Probe, Verification, probe_batches, unread, verify_weights
 
 FIDELITY = 0.995
 """The least share of tokens at which graph and floats agree."""
 
 
 @dataclass(frozen=True)
-class TernaryVerification:
+class TernaryVerification(Report):
     """What was found of a ternary export."""
 
-    findings: tuple[Finding, ...]
     floats: Verification
     fidelity: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is as it should be."""
-        return all(finding.passed for finding in self.findings)
-
-    def table(self) -> str:
-        """One line for everything that was checked."""
-        return table(self.findings)
 
     def figures(self) -> dict[str, Any]:
         """For a report or ``--json``."""
@@ -53,8 +43,7 @@ def verify_ternary(
     """Check the export in ``folder`` against the ``graph`` it was made of; arguments as of ``verify_weights``."""
     files = (hashes(folder, read_about(folder)),)
     if not files[0].passed:
-        nothing = Verification(files, -float("inf"), -float("inf"), float("inf"), 0.0)
-        return TernaryVerification(files, nothing, 0.0)
+        return TernaryVerification(files, unread(files), 0.0)
     plain = with_plain_tokens(graph)
     floats = verify_weights(folder / FLOATS, plain, tokenizer=tokenizer, timeout=timeout, probes=many_probes(plain))
     named = tuple(replace(one, what=f"floats: {one.what}") for one in floats.findings)

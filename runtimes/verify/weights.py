@@ -25,7 +25,7 @@ from graph.probe import psnr_db, vocabulary
 from graph.sites import Site
 from graph.weights import read_header
 from runtimes.export import ABOUT
-from runtimes.verify.findings import PROBE_TEXTS, Finding, hashes, read_about, read_afresh, table
+from runtimes.verify.findings import PROBE_TEXTS, Finding, Report, hashes, read_about, read_afresh
 
 Probe: TypeAlias = tuple[Tensor, Tensor]
 """Tokens and mask, [B, T] each."""
@@ -40,10 +40,9 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Report):
     """What was found of an export."""
 
-    findings: tuple[Finding, ...]
     psnr_db: float
     """Against the graph with rounded weights: ``export/psnr_db``."""
 
@@ -55,15 +54,6 @@ class Verification:
 
     top1: float
     """Share of positions where both find the same token likeliest; of encoders the same largest component."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is as it should be."""
-        return all(finding.passed for finding in self.findings)
-
-    def table(self) -> str:
-        """One line for everything that was checked."""
-        return table(self.findings)
 
     def figures(self) -> dict[str, float | bool]:
         """For a report or ``--json``."""
