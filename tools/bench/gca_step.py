@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from graph import Graph
     from runtimes.data import Batch
 
-from tools.bench.turns import WARM, Side, ratio, serve, take_turns  # noqa: E402 - the folder is known from here on
+from tools.bench.turns import WARM, Side, beside, put_model, serve, take_turns  # noqa: E402 - the folder is known from here on
 
 RANK, ALPHA, ENCODER_LR, GCA_LR, CLIP = 16, 32, 1e-4, 1e-3, 1.0
 
@@ -39,22 +39,14 @@ RANK, ALPHA, ENCODER_LR, GCA_LR, CLIP = 16, 32, 1e-4, 1e-3, 1.0
 
 def prepare(work: Path, model: str, batch: int, chunks: int, entries: int, steps: int) -> None:
     """The model folder, the trained tensors both begin with, and the batches."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+    from transformers import AutoTokenizer
 
     from graph.adapter import save_adapter
     from graph.checkpoint import locate
     from runtimes.retrieval import Questions
     from runtimes.settings import Retrieval
 
-    if model == "25m":
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-            intermediate_size=1536, vocab_size=4096, max_position_embeddings=2048, tie_word_embeddings=True,
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
-    else:
-        (work / "model").symlink_to(locate(model))
+    put_model(work / "model", model)
     encoder, decoder = parts(work)
     save_adapter(encoder, work / "adapter", base_model=str(work / "model"))
     _without_head(work / "adapter" / "adapter_model.safetensors")
@@ -246,14 +238,9 @@ SIDES: dict[str, Callable[[Path, str], Side]] = {"qc": Qc, "hooks": Hooks}
 def compare(work: Path, precision: str, steps: int) -> dict[str, Any]:
     """Both sides, step by step in turn."""
     taken = take_turns(__file__, list(SIDES), ["--work", str(work), "--precision", precision], steps)
-    ours, theirs = taken["qc"], taken["hooks"]
-    return {kind: one.figures() for kind, one in taken.items()} | {
-        "time_ratio": ratio(ours.seconds, theirs.seconds),
-        "cpu_ratio": ratio(ours.cpu_seconds, theirs.cpu_seconds),
-        "memory_ratio": ours.peak_mib / theirs.peak_mib,
-        "largest_loss_gap": max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
-        "losses": [ours.losses[0], ours.losses[-1]],
-    }
+    figures = {kind: side.figures() for kind, side in taken.items()}
+    ours = taken["qc"]
+    return {**figures, **beside(ours, taken["hooks"]), "losses": [ours.losses[0], ours.losses[-1]]}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from torch import Tensor, nn
 
-from tools.bench.turns import WARM, Training, ratio, serve, take_turns
+from tools.bench.turns import WARM, Training, put_model, ratio, serve, take_turns
 
 LR = 1e-4
 BLOCK: Literal[32] = 32
@@ -31,22 +31,12 @@ TIME, MEMORY = 1.06, 1.08
 
 def prepare(work: Path, model: str, steps: int) -> None:
     """The model folder, and the tokens of every step and of what is held out."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
     from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
     from runtimes.data.corpus import Corpus, Split
     from runtimes.settings import PythonStdlib
 
-    if model == "25m":
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-            intermediate_size=1536, vocab_size=4096, max_position_embeddings=2048, tie_word_embeddings=True,
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
-    else:
-        (work / "model").symlink_to(locate(model))
+    put_model(work / "model", model)
     tokenizer = load_tokenizer(locate("seedling"), "seedling")
     sizes: dict[Split, int] = {"train": steps, "heldout": 8}
     for split, count in sizes.items():

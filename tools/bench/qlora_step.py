@@ -20,29 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from tools.bench.turns import WARM, Training, ratio, serve, take_turns
+from tools.bench.turns import WARM, Training, beside, put_model, serve, take_turns
 
 RANK, ALPHA, LR = 16, 32, 2e-4
 
 
 def prepare(work: Path, model: str, batch: int, length: int, steps: int) -> None:
     """The model folder, the adapter both begin with, and the tokens."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
     from graph import capture
     from graph.adapter import save_adapter
-    from graph.checkpoint import locate
     from passes.add_lora import AddLora
 
-    if model == "25m":
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-            intermediate_size=1536, vocab_size=4096, max_position_embeddings=2048, tie_word_embeddings=True,
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
-    else:
-        (work / "model").symlink_to(locate(model))
+    put_model(work / "model", model)
     graph = capture(str(work / "model"), dtype=torch.float32).materialize()
     AddLora(rank=RANK, alpha=ALPHA).run(graph)
     save_adapter(graph, work / "adapter", base_model=str(work / "model"))
@@ -116,16 +105,9 @@ class Peft:
 def compare(work: Path, precision: str, steps: int) -> dict[str, Any]:
     """Both sides, step by step in turn."""
     taken = take_turns(__file__, ("qc", "peft"), ["--work", str(work), "--precision", precision], steps)
-    qc, peft = taken["qc"], taken["peft"]
-    return {
-        "qc": qc.figures(),
-        "peft": peft.figures(),
-        "time_ratio": ratio(qc.seconds, peft.seconds),
-        "time_ratio_min": min(qc.seconds) / min(peft.seconds),
-        "memory_ratio": qc.peak_mib / peft.peak_mib,
-        "largest_loss_gap": max(abs(a - b) for a, b in zip(qc.losses, peft.losses, strict=True)),
-        "losses": [qc.losses[0], qc.losses[-1]],
-    }
+    figures = {kind: side.figures() for kind, side in taken.items()}
+    ours = taken["qc"]
+    return {**figures, **beside(ours, taken["peft"]), "losses": [ours.losses[0], ours.losses[-1]]}
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tools.bench import lut_step
-from tools.bench.turns import ratio, serve, take_turns
+from tools.bench.turns import beside, put_model, serve, take_turns
 
 GOAL = 1.15
 """CPU time of a step, over that of the plain one."""
@@ -30,18 +30,18 @@ GOAL = 1.15
 class Step(lut_step.Step):
     """What ``qc train`` does in a step."""
 
-    group: int | None = None
+    def __init__(self, kind: str, work: Path, batch: int, length: int, group: int | None):
+        self.group = group
+        super().__init__(kind, work, batch, length)
 
-    @staticmethod
-    def _quantize(graph: Any) -> None:
+    def _quantize(self, graph: Any) -> None:
         from passes.runner import apply
         from passes.ternary_ste import TernarySte
 
         graph.materialize()
-        shared = TernarySte(tau=0.7, scale="least-squares")
-        if Step.group is not None:
-            shared = TernarySte(tau=0.7, scale="least-squares", granularity="group", group=Step.group)
-        apply(shared, graph, check=False)
+        granularity: Literal["channel", "group"] = "channel" if self.group is None else "group"
+        step = TernarySte(tau=0.7, scale="least-squares", granularity=granularity, group=self.group)
+        apply(step, graph, check=False)
         for name, info in graph.tensors().items():
             if info.kind == "parameter":
                 graph.set_info(name, trainable=True, group="scales")
@@ -59,19 +59,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.worker:
-        Step.group = said.group
-        serve(lambda: Step(said.worker, said.work, said.batch, said.length))
+        serve(lambda: Step(said.worker, said.work, said.batch, said.length, said.group))
         return
     with tempfile.TemporaryDirectory() as folder:
-        lut_step.prepare(Path(folder))
+        put_model(Path(folder) / "model")
         arguments = ["--work", folder, "--batch", str(said.batch), "--length", str(said.length)]
         arguments += ["--group", str(said.group)] if said.group is not None else []
         taken = take_turns(__file__, ["plain", "ternary"], arguments, said.steps)
-    plain, ternary = taken["plain"], taken["ternary"]
     found: dict[str, Any] = {kind: each.figures() for kind, each in taken.items()}
-    found["cpu_ratio"] = ratio(ternary.cpu_seconds, plain.cpu_seconds)
-    found["cpu_ratio_min"] = min(ternary.cpu_seconds) / min(plain.cpu_seconds)
-    found["memory_ratio"] = ternary.peak_mib / plain.peak_mib
+    found |= beside(taken["ternary"], taken["plain"])
     print(json.dumps(found, indent=1))
     if said.check and found["cpu_ratio"] > GOAL:
         raise SystemExit(1)

@@ -21,6 +21,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+VOCABULARY = 4096
+"""Of the models: the seedling's, so that its tokens serve both."""
+
 WARM = 2
 """Steps at the beginning that are not timed."""
 
@@ -53,6 +56,35 @@ class Taken:
             "cpu_min_s": min(self.cpu_seconds),
             "peak_mib": self.peak_mib,
         }
+
+
+def beside(one: Taken, other: Taken) -> dict[str, float]:
+    """What a step of the one costs in parts of the other's, and how far apart their losses are."""
+    return {
+        "time_ratio": ratio(one.seconds, other.seconds),
+        "time_ratio_min": min(one.seconds) / min(other.seconds),
+        "cpu_ratio": ratio(one.cpu_seconds, other.cpu_seconds),
+        "cpu_ratio_min": min(one.cpu_seconds) / min(other.cpu_seconds),
+        "memory_ratio": one.peak_mib / other.peak_mib,
+        "largest_loss_gap": max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)),
+    }
+
+
+def put_model(folder: Path, kind: str = "25m") -> None:
+    """A model at ``folder``: a random Qwen3 of 27 M weights for ``25m``, else a link to the one that is named."""
+    if kind != "25m":
+        from graph.checkpoint import locate
+
+        folder.symlink_to(locate(kind))
+        return
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+        intermediate_size=1536, vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
