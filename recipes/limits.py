@@ -87,7 +87,7 @@ _twin(
     vocabulary=Count | None,
     forms=tuple[Text, ...],
     **dict.fromkeys(("chunks", "asks", "first_chunks", "entries", "key", "value", "chunk_length"), Count),
-    **dict.fromkeys(("curriculum", "filler"), Natural),
+    **dict.fromkeys(("first_questions", "curriculum", "filler"), Natural),
 )
 _twin(settings.CausalLm)
 _twin(settings.Kd, temperature=Positive, alpha=Ratio)
