@@ -110,7 +110,7 @@ SILLY = [
     ("train nowhere", "nowhere is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("export --target onyx", "no export target is called 'onyx'", "did you mean 'onnx'?"),
     ("export --target tflite", "no export target is called 'tflite'",
-     "use one of: ane, fp8, gguf, int4, int8, mxfp4, mxfp8, nf4, nvfp4, onnx, safetensors, ternary"),
+     "use one of: ane, bitnet, fp8, gguf, int4, int8, mxfp4, mxfp8, nf4, nvfp4, onnx, safetensors, ternary"),
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",
