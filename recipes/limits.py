@@ -28,7 +28,9 @@ SOURCES: dict[str, type[Any]] = {
 }
 """The key that tells a source of data from the others; the first of them that is there decides."""
 
-OBJECTIVES: dict[str, type[Any]] = {"causal-lm": settings.CausalLm, "kd": settings.Kd, "kd-cache": settings.KdCache}
+OBJECTIVES: dict[str, type[Any]] = {
+    "causal-lm": settings.CausalLm, "kd": settings.Kd, "kd-cache": settings.KdCache, "embedding": settings.Embedding,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ _twin(
     temperature=Positive,
     **dict.fromkeys(("hard_top1", "hard_full", "hard_text", "anneal"), NotNegative),
 )
+_twin(settings.Embedding, states=NotNegative, relations=NotNegative)
 _GROUP = _twin(
     settings.Group,
     select=TensorSelector | None,

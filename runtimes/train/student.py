@@ -21,7 +21,7 @@ from graph.formats.fuse import fuse_dequantize, unnest_scales
 from graph.lora import write_in_place
 from graph.nest import nest
 from runtimes.data import Batch
-from runtimes.settings import Data, Retrieval, Train
+from runtimes.settings import Retrieval, Train
 from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
@@ -35,7 +35,7 @@ class Student:
     """What the loop trains."""
 
     def __init__(self, graph: Graph, settings: Train, processes: Processes):
-        check(graph)
+        check(graph, settings)
         self.graph, self.processes = graph, processes
         self.dtype = DTYPES[settings.precision]
         self.has_mode = "training" in graph.inputs
@@ -112,14 +112,18 @@ class Student:
             self.graph.set_tensor(name, value.to(self.graph.device, self.graph.dtype_of(name), copy=True))
 
 
-def check(graph: Graph, data: Data | None = None) -> None:
-    """Refuse what cannot be trained, or not on ``data``."""
-    if graph.kind != "causal-lm":
+def check(graph: Graph, settings: Train) -> None:
+    """Refuse what cannot be trained, or not in this way."""
+    encodes = settings.objective.name == "embedding"
+    if encodes and graph.kind != "encoder":
+        what = f"this graph is of kind {graph.kind}; embedding trains encoders"
+        raise QcError(what, fix="use kd, or give the model kind: encoder under models:")
+    if graph.kind != "causal-lm" and not encodes:
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
             fix="capture the model with kind='causal-lm'",
         )
-    if isinstance(data, Retrieval) and "memory_ids" not in graph.inputs:
+    if isinstance(settings.data, Retrieval) and "memory_ids" not in graph.inputs:
         raise QcError(
             "the data asks questions about chunks, and the model reads no memory",
             fix="join an encoder and a decoder with attach-memory, or train on text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ class Trainer:
                 else:  # the shards are gathered by all processes together
                     self.student(batch, training=False)
         loss, text, labels, right, asked = self.processes.sum(found).tolist()
-        figures = {"eval_loss": loss / max(labels, 1), "eval_perplexity": perplexity(text / max(labels, 1))}
+        figures = {"eval_loss": loss / max(labels, 1)}
+        figures |= {} if math.isnan(text) else {"eval_perplexity": perplexity(text / max(labels, 1))}
         return figures | ({EXACT: right / max(asked, 1)} if self.asks else {})
 
     @contextmanager
