@@ -87,7 +87,7 @@ _twin(
     vocabulary=Count | None,
     forms=tuple[Text, ...],
     **dict.fromkeys(("chunks", "asks", "first_chunks", "entries", "key", "value", "chunk_length"), Count),
-    **dict.fromkeys(("curriculum", "filler"), Natural),
+    **dict.fromkeys(("first_questions", "curriculum", "filler"), Natural),
 )
 _twin(settings.CausalLm)
 _twin(settings.Kd, temperature=Positive, alpha=Ratio)
@@ -124,6 +124,7 @@ _LAYERWISE = _twin(
     **dict.fromkeys(("local", "kd"), NotNegative),
 )
 _GROKFAST = _twin(settings.Grokfast, decay=Below1, strength=NotNegative)
+_ROUTING = _twin(settings.Routing, sparsity=NotNegative, balance=NotNegative)
 _DIVERGENCE = _twin(settings.Divergence, ratio=Annotated[float, Field(gt=1)], window=Count)
 _twin(
     settings.Train,
@@ -137,6 +138,7 @@ _twin(
     auto_snap=_AUTO_SNAP | None,
     layerwise=_LAYERWISE | None,
     grokfast=_GROKFAST | None,
+    routing=_ROUTING | None,
     divergence=_DIVERGENCE | None,
     when=Text | None,
     seed=Seed | None,

@@ -24,6 +24,7 @@ from runtimes.training_settings import Backtrack as Backtrack
 from runtimes.training_settings import Divergence as Divergence
 from runtimes.training_settings import Grokfast as Grokfast
 from runtimes.training_settings import Layerwise as Layerwise
+from runtimes.training_settings import Routing as Routing
 
 if TYPE_CHECKING:
     from graph.select import Selector
@@ -181,6 +182,9 @@ class Train:
 
     grokfast: Grokfast | None = None
     """Amplify what stays the same in the gradients."""
+
+    routing: Routing | None = None
+    """Train what staged cross-attention looks at."""
 
     divergence: Divergence | None = None
     """End early, with the best checkpoint, where the loss runs away."""

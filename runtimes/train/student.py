@@ -6,7 +6,7 @@ result into the graph in any case.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
 from runtimes.train.objectives import cut_head, features
+from runtimes.train.routing import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,9 +42,11 @@ class Student:
         work = graph.materialize().copy()
         self.cut = cut_head(work)
         self.layers = [] if settings.layerwise is None else layers_of(work, settings.layerwise)
-        if self.layers:
-            ends = [node for layer in self.layers for node in (layer.x, layer.y)]
-            work.set_outputs([*work.output_nodes(), *ends])
+        ends = [node for layer in self.layers for node in (layer.x, layer.y)]
+        routed = [] if settings.routing is None else weights_of(work)
+        self.watched = (len(ends), len(routed))
+        if any(self.watched):
+            work.set_outputs([*work.output_nodes(), *ends, *routed])
         work.verify()
         fuse_dequantize(work)
         unnest_scales(work)
@@ -81,12 +84,17 @@ class Student:
         )
         with bf16:
             outputs: Any = self.module(**batch.inputs(), **mode)
-        ends: tuple[Tensor, ...] = ()
-        if self.layers:
-            count = 2 * len(self.layers)
-            outputs, ends = outputs[:-count], outputs[-count:]
-            outputs = outputs if self.cut else outputs[0]
-        return replace(features(outputs, self.cut), layers=tuple(zip(ends[::2], ends[1::2], strict=True)))
+        outputs, ends, routed = self._parted(outputs)
+        pairs = tuple(zip(ends[::2], ends[1::2], strict=True))
+        return replace(features(outputs, self.cut), layers=pairs, routing=tuple(routed))
+
+    def _parted(self, outputs: Any) -> tuple[Any, Sequence[Tensor], Sequence[Tensor]]:
+        """What a graph returned: its features, the ends of layers, and what it looked at."""
+        if not any(self.watched):
+            return outputs, (), ()
+        first = len(outputs) - sum(self.watched)
+        behind = first + self.watched[0]
+        return outputs[:first] if self.cut else outputs[0], outputs[first:behind], outputs[behind:]
 
     def rest(self, names: Collection[str]) -> None:
         """Compute no gradients of these trained tensors from now on, and those of all others."""

@@ -31,6 +31,7 @@ from runtimes.train.losses import Features, whole_answers
 from runtimes.train.metrics import EXACT
 from runtimes.train.objectives import Loss, loss_of
 from runtimes.train.report import perplexity
+from runtimes.train.routing import RoutedLoss
 from runtimes.train.schedules import rate
 from runtimes.train.student import Student
 
@@ -76,6 +77,8 @@ class Trainer:
         self.asks = isinstance(text.evaluation, Questions)
         self.gates = Gates(student.graph, student.parameters)
         self.loss: Loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
+        if settings.routing is not None:
+            self.loss = RoutedLoss(settings.routing, self.loss)
         self.layers: Layers | None = None
         if settings.layerwise is not None:
             if processes.count > 1:

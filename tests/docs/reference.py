@@ -30,6 +30,7 @@ SECTIONS = {
     "Backtrack": "[backtrack](#layerwise)",
     "AutoSnap": "[auto_snap](#auto_snap)",
     "Grokfast": "[grokfast](#grokfast)",
+    "Routing": "[routing](#routing)",
     "Divergence": "[divergence](#divergence)",
     "Evaluate": "[evaluate](#evaluate)",
     "Audit": "[audit](#audit)",
