@@ -45,6 +45,7 @@ class Export:
         "nvfp4",
         "mxfp8",
         "mxfp4",
+        "int2",
         "int4",
         "int8",
         "nf4",
