@@ -2,8 +2,8 @@
 
     1 - cos(e, t) + states * mean over tokens of (1 - cos(h, g)) + relations * mean over pairs of (e.e' - t.t')^2
 
-e and t are the vectors, of length 1, that student and teacher make of a text, h and g their states at one of its tokens.
-The means are over the texts of a batch, all tokens in it, and all pairs of its texts, whose similarities are compared:
+e and t are the vectors, of length 1, that student and teacher make of a text, h and g their states at one token of it.
+The means are over the texts of a batch, all tokens in it, and all pairs of its texts, whose likeness is compared:
 what all texts have in common does not count there (similarity-preserving distillation, arXiv:1907.09682).
 """
 
