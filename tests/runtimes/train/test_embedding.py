@@ -114,8 +114,8 @@ def test_ternary_minilm_recovers_what_it_makes_of_texts(tmp_path: Path) -> None:
     rows = Corpus(data).rows("heldout", enough=8192, **options)
     held_out = [rows.batch(range(at, at + 8)) for at in range(0, 64, 8)]
     before = compare(graph, original, held_out)
-    short = settings(data, objective=Embedding(), packing=False, steps=60, batch=16, length=64, lr=5e-4, eval_batches=1)
+    short = settings(data, objective=Embedding(), packing=False, steps=60, batch=16, length=64, lr=1e-4, eval_batches=1)
     train(graph, short, tokenizer=tokenizer, folder=tmp_path / "run", teacher=original, progress=Silent())
     after = compare(graph, original, held_out)
-    assert after["embedding/cosine"] > before["embedding/cosine"] + 0.1
-    assert after["embedding/spearman"] > before["embedding/spearman"]
+    assert after["embedding/cosine"] > before["embedding/cosine"] + 0.3
+    assert after["embedding/spearman"] > before["embedding/spearman"] + 0.03
