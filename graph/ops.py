@@ -23,7 +23,8 @@ OPS: dict[str, Callable[..., Any]] = {}
 """``qc.rms_norm`` -> the function."""
 
 OP_MODULES = (
-    "graph.formats", "graph.lora", "graph.cache", "graph.memory", "graph.chunks", "graph.degraded", "graph.unpadded",
+    "graph.formats", "graph.lora", "graph.cache", "graph.memory", "graph.staged", "graph.chunks", "graph.degraded",
+    "graph.unpadded",
 )  # fmt: skip
 """The modules that register further ops; they are imported when an op is asked for that is not there yet."""
 

@@ -24,7 +24,7 @@ from recipes.metrics import COLUMNS
 from recipes.schema import Recipe, Stage
 from recipes.settings import Gate
 from runtimes.data.corpus import Corpus, Split
-from runtimes.settings import Data, Evaluate, PythonStdlib, Retrieval, TextFiles
+from runtimes.settings import Data, Embedding, Evaluate, Pooling, PythonStdlib, Retrieval, TextFiles
 
 if TYPE_CHECKING:
     from runtimes.retrieval import Questions
@@ -37,10 +37,10 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: Stage, what: str, artifact: 
     assert stage.evaluate is not None
     name = step_name(stage, what)
     known = next((m for m in run.measured() if m["step"] == name), {})
-    if "perplexity" in known:
+    if {"perplexity", "embedding/cosine"} & known.keys():
         return {k: v for k, v in known.items() if isinstance(v, float)}
     loaded = load(artifact, check_hashes=False)
-    compare = bool({"kl", "top1"} & set(stage.evaluate.metrics))
+    compare = bool({"kl", "top1", "embedding"} & set(stage.evaluate.metrics))
     reference = _reference(run, recipe, stage, loaded.graph.dtype) if compare else None
     found = measure(
         loaded.graph.materialize(), reference, loaded.load_tokenizer(), recipe, stage.evaluate, run,
@@ -79,18 +79,27 @@ def measure(
     memory_tokenizer: Any = None,
 ) -> dict[str, float]:
     """Perplexity, agreement with ``reference`` where there is one, and what is looked up, on held-out data."""
+    from runtimes.embeddings import compare
     from runtimes.evaluate import evaluate
     from runtimes.retrieval.recall import recall
 
     batches = held_out_batches(
         recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens", memory_tokenizer
     )
+    if "embedding" in wanted.metrics:
+        return {} if reference is None else compare(graph, reference, batches, _pooling(recipe))
     compared: list[Any] = [m for m in wanted.metrics if m in ("kl", "top1") and reference is not None]
     found = dict(evaluate(graph, batches, reference=reference, metrics=["perplexity", *compared]))
     if "retrieval" in wanted.metrics:
         asked = _questions(data_of(recipe, wanted), wanted, tokenizer, memory_tokenizer)
         found |= recall(graph, asked, batches=wanted.batches, batch=wanted.batch, greedy=wanted.greedy)
     return found
+
+
+def _pooling(recipe: Recipe) -> Pooling:
+    """How the recipe pools where it trains on it; else by the mean."""
+    objectives = (stage.train.objective for stage in recipe.plan() if stage.train is not None)
+    return next((one.pooling for one in objectives if isinstance(one, Embedding)), "mean")
 
 
 def data_of(recipe: Recipe, wanted: Evaluate) -> Data:
@@ -130,7 +139,10 @@ def held_out_batches(
     tokens = wanted.batches * wanted.batch * wanted.length
     tokens = min(tokens, wanted.tokens) if wanted.tokens else tokens
     corpus = _corpus(data, recipe.file.parent)
-    rows = corpus.rows(split, tokenizer=tokenizer, length=wanted.length, cache=cache, seed=0, enough=tokens)
+    packing = "embedding" not in wanted.metrics  # whose rows are texts
+    rows = corpus.rows(
+        split, tokenizer=tokenizer, length=wanted.length, cache=cache, packing=packing, seed=0, enough=tokens
+    )
     for start in range(0, min(len(rows), tokens // wanted.length), wanted.batch):
         yield rows.batch(list(range(start, min(start + wanted.batch, len(rows), tokens // wanted.length))))
 

@@ -33,6 +33,7 @@ _LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Element:
     """How one number is written."""
 
+    name: str
     bits: int
     largest: float
     """What the largest magnitude under a scale becomes."""
@@ -178,8 +179,8 @@ def integers(bits: int) -> Element:
     """Integers of so many bits; a scale is the largest magnitude over half of all steps, as in compressed-tensors."""
     encode = partial(integers_into, bits=bits)
     decode, nearest = (partial(function, bits=bits) for function in (decode_integers, nearest_integers))
-    return Element(bits, (1 << bits) / 2 - 0.5, 0.5, encode, decode, nearest)
+    return Element(f"int{bits}", bits, (1 << bits) / 2 - 0.5, 0.5, encode, decode, nearest)
 
 
-E4M3 = Element(8, 448.0, 16.0, e4m3_into, decode_e4m3, nearest_e4m3)
-E2M1 = Element(4, 6.0, 1.0, e2m1_into, decode_e2m1, nearest_e2m1)
+E4M3 = Element("e4m3", 8, 448.0, 16.0, e4m3_into, decode_e4m3, nearest_e4m3)
+E2M1 = Element("e2m1", 4, 6.0, 1.0, e2m1_into, decode_e2m1, nearest_e2m1)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from graph.errors import QcError
+from graph.formats import native
 from graph.formats.format import Call, Rows, V, chunks, has_data
 from graph.formats.kernels import kernels
+from graph.formats.scales_of import in_fp32
 from graph.ops import op
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -68,6 +70,10 @@ class FourBit:
         absmax = w.new_empty((rows, columns // self.block), dtype=torch.float32)
         if has_data(w):
             for part in chunks(w):
+                if self.kind == "nf4" and native.encode_levels(
+                    in_fp32(w[part]), _bounds(), absmax[part], indices[part]
+                ):
+                    continue
                 packed, largest = kernels().quantize_4bit.default(w[part], self.block, self.kind, torch.uint8)
                 indices[part], absmax[part] = packed.view(-1, columns // 2), largest.view(-1, columns // self.block)
         found = {"indices": indices, "absmax": absmax}
@@ -152,6 +158,13 @@ def _levels(kind: str) -> Tensor:
 
     table: Tensor = get_4bit_type(kind, device="cpu")
     return table
+
+
+@cache
+def _bounds() -> Tensor:
+    """What lies between two levels of NF4: the lower one is nearer up to here, and here too."""
+    levels = _levels("nf4")
+    return (levels[:-1] + levels[1:]) / 2
 
 
 def _half_gap(levels: Tensor) -> float:

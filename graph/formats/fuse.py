@@ -23,7 +23,8 @@ from graph.formats.format import has_data
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
 from graph.formats.lut_linear import linear_fake_lut, linear_lut
-from graph.formats.scaled import Kind, Scaled, dequantize_scaled, largest_of, nearest
+from graph.formats.scaled import Kind, Scaled, dequantize_scaled
+from graph.formats.scaled_parts import largest_of, nearest
 from graph.formats.ternary_linear import linear_fake_ternary, linear_ternary
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag

@@ -8,7 +8,7 @@ The bytes are those of compressed-tensors, given an fp32 weight and what shares 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.elements import E2M1, E4M3, Element, integers
 from graph.formats.format import Call, Rows, V, has_data
-from graph.formats.memory import scratch
+from graph.formats.scaled_parts import Fused, nearest, pack
 from graph.formats.scales_of import (
     e4m3_scales,
     e8m0_scales,
@@ -26,6 +26,7 @@ from graph.formats.scales_of import (
     global_scale,
     magnitudes,
     read_scales,
+    scales_by_row,
     small_chunks,
 )
 from graph.ops import op
@@ -36,8 +37,6 @@ ELEMENTS: dict[str, Element] = {"fp8": E4M3, "mxfp8": E4M3, "nvfp4": E2M1, "mxfp
     f"int{bits}": integers(bits) for bits in (2, 3, 4, 6, 8)
 }
 """The numbers of each kind."""
-
-Fused: TypeAlias = Sequence[Tensor | float] | None
 
 FIXED: dict[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 """The columns that share a scale, of the kinds that leave no choice."""
@@ -83,6 +82,13 @@ class Scaled:
         return ELEMENTS[self.kind]
 
     @property
+    def stored_scale(self) -> torch.dtype:
+        """The numbers that its scales are, whatever holds them."""
+        if self.kind == "nvfp4":
+            return torch.float8_e4m3fn
+        return torch.float8_e8m0fnu if self.kind in FIXED else self.scale_dtype
+
+    @property
     def packing(self) -> Scaled:
         """The format that latent weights are packed in."""
         return replace(self, latent=False)
@@ -115,29 +121,7 @@ class Scaled:
         assert self.problem("the weight", tuple(w.shape)) is None, "see problem()"
         if self.latent:
             return {"latent": w}
-        found = {"indices": w.new_empty((w.shape[0], w.shape[1] * self.element.bits // 8), dtype=torch.uint8)}
-        found |= self.scales(w)
-        if has_data(w):
-            per_row = scales_by_row(read_scales(found["scale"], found.get("global_scale")), w.shape[0])
-            for part in small_chunks(*w.shape):
-                self.element.encode(self._divided(w[part], per_row(part)), found["indices"][part])
-        return found
-
-    def _divided(self, w: Tensor, scale: Tensor) -> Tensor:
-        """Rows of a weight in steps; a zero has no sign. The result lasts until the next is asked for.
-
-        w: [rows, columns]    scale: f32 [rows, groups]  ->  f32 [rows, columns]
-        """
-        x = scratch("scaled.x", tuple(w.shape), torch.float32, w.device)
-        shape = (scale.shape[1], w.shape[1] // scale.shape[1])
-        torch.div(w.float().unflatten(1, shape), scale[..., None], out=x.unflatten(1, shape))
-        if self.kind in ("mxfp4", "nvfp4"):
-            x.add_(0.0)
-        if self.kind.startswith("mx"):  # a power of two may be half as large as the largest magnitude asks for
-            x.clamp_(-self.element.largest, self.element.largest)
-        elif self.scale_dtype is torch.float16:  # nor does fp16 come near to small scales
-            x.clamp_(-self.element.largest - 0.5, self.element.largest)
-        return x
+        return pack(self, w)
 
     def scales(self, w: Tensor) -> dict[str, Tensor]:
         """The side tensors but for the codes."""
@@ -196,15 +180,6 @@ def format_of_scaled(kind: Kind, indices: Tensor, scale: Tensor) -> Scaled:
     return Scaled(kind, rows, columns, scale.dtype)
 
 
-def scales_by_row(scale: Tensor, rows: int) -> Callable[[slice], Tensor]:
-    """Gives the scales of some of ``rows`` rows, each with as many as ``scale`` has columns."""
-    if scale.shape[0] == rows:
-        return lambda part: scale[part]
-    share = rows // scale.shape[0]
-    numbers = torch.arange(rows, device=scale.device) // share
-    return lambda part: scale[numbers[part]]
-
-
 @op
 def fake_quantize_scaled(
     latent: Tensor,
@@ -234,31 +209,6 @@ class _FakeQuantizeScaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.to(ctx.dtype), None, None, None
-
-
-def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: Fused = None) -> Tensor:
-    """``unpack(form, form.pack(w), dtype)``, without the codes.
-
-    w: [out, in]  ->  [out, in]
-    """
-    dense = torch.empty_like(w, dtype=dtype)
-    if not has_data(w):
-        return dense
-    if fused and form.kind == "nvfp4":
-        form = replace(form, largest=largest_of([w, *fused]))
-    sides = form.scales(w.detach())
-    per_row = scales_by_row(read_scales(sides["scale"], sides.get("global_scale")), w.shape[0])
-    for part in small_chunks(*w.shape):
-        scale = per_row(part)[..., None]
-        x = w[part].detach().float().unflatten(1, (scale.shape[1], -1)) / scale
-        dense[part] = form.element.nearest(x).mul_(scale).flatten(1)
-    return dense
-
-
-def largest_of(weights: Sequence[Tensor | float]) -> float:
-    """The largest magnitude in all of these weights, or of those given in their place; 0 without values."""
-    known = (float(magnitudes(w.detach(), w.shape[1]).amax()) for w in weights if isinstance(w, Tensor) and has_data(w))
-    return max([*known, *(w for w in weights if isinstance(w, float))], default=0.0)
 
 
 @op

@@ -9,9 +9,12 @@ Every number is what compressed-tensors finds of an fp32 weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from graph.formats import native
 from graph.formats.elements import Element, decode_e4m3, encode_e4m3
 from graph.formats.format import has_data
 from graph.formats.memory import scratch
@@ -23,10 +26,17 @@ E4M3_ZERO = 0.125
 """What a scale that rounds to zero becomes in e4m3."""
 
 
-def small_chunks(rows: int, columns: int) -> list[slice]:
-    """The rows of a weight, in slices of about ``SMALL`` values."""
-    step = max(1, SMALL // max(1, columns))
+def small_chunks(rows: int, columns: int, of: int = 1, at_once: int | None = None) -> list[slice]:
+    """The rows of a weight, in slices of about ``at_once`` or ``SMALL`` values, each of a multiple of ``of`` rows."""
+    step = max(1, (at_once or SMALL) // max(1, columns * of)) * of
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def in_fp32(w: Tensor) -> Tensor:
+    """The same values, contiguous; what is not fp32 yet lasts until the next is asked for."""
+    if w.dtype == torch.float32:
+        return w.contiguous()
+    return scratch("in_fp32", tuple(w.shape), torch.float32, w.device).copy_(w)
 
 
 def magnitudes(w: Tensor, columns: int) -> Tensor:
@@ -35,8 +45,12 @@ def magnitudes(w: Tensor, columns: int) -> Tensor:
     w: [out, in]  ->  f32 [out, in / columns]
     """
     found = w.new_empty((w.shape[0], w.shape[1] // columns), dtype=torch.float32)
-    for part in small_chunks(*w.shape) if has_data(w) else ():
-        rows = w[part].float()
+    if not has_data(w) or native.magnitudes(w, columns, found):
+        return found
+    for part in small_chunks(*w.shape):
+        rows = in_fp32(w[part])
+        if native.magnitudes(rows, columns, found[part]):
+            continue
         room = scratch("magnitudes", tuple(rows.shape), torch.float32, w.device)
         bits = torch.abs(rows, out=room).view(torch.int32)  # of magnitudes, bits are in order
         torch.amax(bits.unflatten(1, (-1, columns)), -1, out=found[part].view(torch.int32))
@@ -86,3 +100,22 @@ def read_scales(scale: Tensor, divisor: Tensor | None) -> Tensor:
     if divisor is not None:
         return decode_e4m3(scale) / divisor
     return (scale.int() << 23).clamp_min_(1 << 22).view(torch.float32)  # the last of them, 2^-127, has no exponent bits
+
+
+def stored_as(dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """Scales that are numbers of this dtype already, as side tensors hold them.
+
+    scale: f32  ->  the same in ``dtype``; e4m3 and e8m0 as u8
+    """
+    if dtype == torch.float8_e8m0fnu:
+        return (scale.view(torch.int32) >> 23).to(torch.uint8)
+    return scale.to(dtype).view(torch.uint8) if dtype == torch.float8_e4m3fn else scale.to(dtype)
+
+
+def scales_by_row(scale: Tensor, rows: int) -> Callable[[slice], Tensor]:
+    """Gives the scales of some of ``rows`` rows, each with as many as ``scale`` has columns."""
+    if scale.shape[0] == rows:
+        return lambda part: scale[part]
+    share = rows // scale.shape[0]
+    numbers = torch.arange(rows, device=scale.device) // share
+    return lambda part: scale[numbers[part]]

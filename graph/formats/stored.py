@@ -24,7 +24,8 @@ from graph.formats.four_bit import FourBit, dequantize_4bit
 from graph.formats.int8 import Int8, dequantize_int8
 from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_format import Lut
-from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled, format_of_scaled, largest_of
+from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled, format_of_scaled
+from graph.formats.scaled_parts import largest_of
 from graph.formats.ternary import dequantize_ternary, fake_quantize_ternary
 from graph.formats.ternary_format import Ternary
 from graph.ops import op_name

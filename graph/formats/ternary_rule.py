@@ -15,6 +15,7 @@ squares, and ``scale * share of values that are not 0`` as its absmean.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from graph.formats.format import has_data
 from graph.formats.lut_scales import row_parts
+from graph.formats.memory import scratch
 
 Rule = Literal["dead-zone", "round-clip"]
 Fit = Literal["absmean", "least-squares"]
@@ -64,8 +66,8 @@ class TernaryRule:
         if not has_data(w):
             return Grid(*(w.new_empty(shape, dtype=torch.float32) for _ in range(2)))
         sums = torch.zeros((w.shape[0], shape[1]), dtype=torch.float64, device=w.device)
-        for part in row_parts(*w.shape):
-            sums[part] = sum_by_group(w[part].float().abs(), (1, shape[1]), per_row=True)
+        for part in _parts(w):
+            sums[part] = _row_sums(_magnitude(w[part]), shape[1])
         mean = _over_all(sums, shape) / (w.numel() / (shape[0] * shape[1]))
         mean = mean.float().clamp(min=SMALLEST)
         grid = Grid(self._threshold(mean), mean)
@@ -100,36 +102,57 @@ class Grid:
     def dense(self, w: Tensor, out: Tensor | None = None) -> Tensor:
         """The weight that w [out, in] becomes, f32, written to ``out`` if that is given."""
         dense = w.new_empty(w.shape, dtype=torch.float32) if out is None else out
-        for part in row_parts(*w.shape) if has_data(w) else ():
+        for part in _parts(w):
             here = self.rows(part)
-            blocks = here._integers(w[part], dense[part])
-            blocks.mul_(here.scale[:, :, None])
+            integers = here._integers(w[part], dense[part])
+            integers.mul_(here.scale[:, :, None])
         return dense
 
     def codes(self, w: Tensor) -> Tensor:
         """``q + 1`` of each value, u8 [out, in]."""
         codes = w.new_empty(w.shape, dtype=torch.uint8)
-        for part in row_parts(*w.shape) if has_data(w) else ():
-            integers = torch.empty(w[part].shape, dtype=torch.float32, device=w.device)
-            self.rows(part)._integers(w[part], integers)
-            codes[part] = integers.add_(1)
+        for part in _parts(w):
+            codes[part] = self.rows(part)._integers(w[part]).add_(1).view(w[part].shape)
         return codes
 
     def scale_gradient(self, w: Tensor, grad: Tensor) -> Tensor:
         """``sum(grad * q)`` over the weights that share a scale, in its shape."""
         found = torch.zeros((w.shape[0], self.scale.shape[1]), dtype=torch.float32, device=w.device)
-        for part in row_parts(*w.shape) if has_data(w) else ():
-            integers = torch.empty(w[part].shape, dtype=torch.float32, device=w.device)
-            self.rows(part)._integers(w[part], integers)
-            found[part] = sum_by_group(integers.mul_(grad[part]), (1, found.shape[1]), per_row=True)
+        for part in _parts(w):
+            integers = self.rows(part)._integers(w[part]).view(w[part].shape)
+            found[part] = _row_sums(integers.mul_(grad[part]), found.shape[1])
         return _over_all(found, tuple(self.scale.shape))
 
-    def _integers(self, w: Tensor, out: Tensor) -> Tensor:
-        """-1, 0 or 1 of every value of these rows, written to ``out``; a view of that, [rows, groups, columns]."""
-        blocks = w.float().view(w.shape[0], self.scale.shape[1], -1)
-        there = out.view(blocks.shape)
-        torch.sign(blocks, out=there)
-        return there.mul_(blocks.abs() >= self.threshold[:, :, None])
+    def _integers(self, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """-1, 0 or 1 of every value of these rows, f32 [rows, groups, columns], written to ``out`` if that is given."""
+        values = w.float()
+        ones = torch.abs(values) if out is None else torch.abs(values, out=out)
+        self._ones(ones, ones)
+        return torch.copysign(ones, values, out=ones).view(w.shape[0], self.scale.shape[1], -1)
+
+    def _ones(self, magnitude: Tensor, out: Tensor) -> Tensor:
+        """1 where a magnitude [rows, in] reaches its threshold, else 0, written to ``out``.
+
+        As floats: a mask costs several times that.
+        """
+        shape = (*magnitude.shape[:1], self.scale.shape[1], -1)
+        torch.ge(magnitude.view(shape), self.threshold[:, :, None], out=out.view(shape))
+        return out
+
+
+def _parts(w: Tensor) -> Iterator[slice]:
+    """Slices of all rows, as many at a time as are worked on; none of a stand-in."""
+    return row_parts(*w.shape) if has_data(w) else iter(())
+
+
+def _magnitude(w: Tensor) -> Tensor:
+    """``|w|``, f32, until the next is asked for."""
+    return torch.abs(w.float(), out=_room("magnitude", w))
+
+
+def _room(name: str, w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for what is made of some rows, which is kept: fresh pages cost more than the sums."""
+    return scratch(f"ternary {name}", tuple(w.shape), dtype, w.device)
 
 
 def _least_squares(w: Tensor, grid: Grid, moments: Tensor | None) -> Tensor:
@@ -138,20 +161,21 @@ def _least_squares(w: Tensor, grid: Grid, moments: Tensor | None) -> Tensor:
     above = torch.zeros((w.shape[0], groups), dtype=torch.float64, device=w.device)
     below = torch.zeros_like(above)
     weight = None if moments is None else moments.to(w.device, torch.float64)
-    for part in row_parts(*w.shape):
-        magnitude = w[part].float().abs()
-        kept = magnitude.view(magnitude.shape[0], groups, -1) >= grid.rows(part).threshold[:, :, None]
-        counted = kept.view(magnitude.shape).double() if weight is None else kept.view(magnitude.shape) * weight
-        below[part] = sum_by_group(counted, (1, groups), per_row=True)
-        above[part] = sum_by_group(counted.mul_(magnitude), (1, groups), per_row=True)
+    for part in _parts(w):
+        magnitude = _magnitude(w[part])
+        counted = grid.rows(part)._ones(magnitude, _room("ones", w[part]))
+        if weight is not None:
+            counted = counted * weight
+        below[part] = counted.view(*above[part].shape, -1).sum(-1)  # whole numbers, or fp64
+        above[part] = _row_sums(counted.mul_(magnitude), groups)
     above, below = _over_all(above, shape), _over_all(below, shape)
     return torch.where(below > 0, above / below, grid.scale.double()).float().clamp(min=SMALLEST)
 
 
-def sum_by_group(values: Tensor, shape: tuple[int, ...], *, per_row: bool = False) -> Tensor:
-    """Sums in fp64 over the weights [out, in] that share one of the scales of this shape, or per row of them too."""
-    sums = values.view(values.shape[0], shape[1], -1).sum(-1, dtype=torch.float64)
-    return sums if per_row else _over_all(sums, shape)
+def _row_sums(values: Tensor, groups: int) -> Tensor:
+    """Sums of every row by group, in fp64: [rows, in]  ->  [rows, groups]."""
+    double = values if values.dtype == torch.float64 else _room("double", values, torch.float64).copy_(values)
+    return double.view(values.shape[0], groups, -1).sum(-1)
 
 
 def _over_all(sums: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from graph import Graph, QcError, Selector, capture, capture_module
 from graph.dense import checkpoint_tensors
 from graph.formats import Scaled, fuse_dequantize
 from graph.formats.format import unpack
-from graph.formats.scaled import nearest
+from graph.formats.scaled_parts import nearest
 from passes.dequantize import Dequantize
 from passes.freeze_q import FreezeQ
 from passes.quantize_base import QuantizeBase

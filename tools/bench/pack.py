@@ -1,9 +1,10 @@
-"""Quantize and pack a weight, beside compressed-tensors doing the same in the same process, byte for byte.
+"""Quantize and pack a weight, beside the library whose format it is doing the same in the same process, byte for byte.
 
 python tools/bench/pack.py [--size 4096] [--rounds 3] [--only nvfp4,int4] [--check]
 
-Each side finds its scales and packs an fp32 weight [size, size] on one thread, in turn. CPU seconds are compared, the
-least of all rounds: they are what a busy machine changes least. The first round of both is not counted.
+Each side finds its scales and packs an fp32 weight [size, size] on one thread, in turn: bitsandbytes NF4, and
+compressed-tensors the rest. CPU seconds are compared, the least of all rounds: they are what a busy machine changes
+least. The first round of both is not counted. With --torch our side does without its C.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from graph.formats import Scaled
+from graph.formats import FourBit, Scaled, native
 
 
 class Case(NamedTuple):
     """A format, as both sides call it, and how many times faster packing has to be."""
 
-    form: Scaled
+    form: Scaled | FourBit
     layout: str
     args: dict[str, Any]
     goal: float
@@ -45,11 +46,17 @@ CASES = {
     ),
     "int4": Case(Scaled("int4", 1, 32), "pack-quantized", _integers(4), 10.0),
     "int2": Case(Scaled("int2", 1, 32), "pack-quantized", _integers(2), 10.0),
+    "nf4": Case(FourBit("nf4"), "bitsandbytes", {"blocksize": 64, "quant_type": "nf4"}, 10.0),
 }  # fmt: skip
 
 
 def theirs(case: Case, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of codes and scales that compressed-tensors makes."""
+    """The bytes of codes and scales that the library makes."""
+    if isinstance(case.form, FourBit):
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, found = quantize_4bit(w, **case.args)
+        return packed.view(w.shape[0], -1), found.absmax.view(w.shape[0], -1).view(torch.uint8)
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -69,7 +76,7 @@ def theirs(case: Case, w: Tensor) -> tuple[Tensor, Tensor]:
 def ours(case: Case, w: Tensor) -> tuple[Tensor, Tensor]:
     """The bytes that qc makes."""
     made = case.form.pack(w)
-    return made["indices"], made["scale"].view(torch.uint8)
+    return made["indices"], made["absmax" if isinstance(case.form, FourBit) else "scale"].view(torch.uint8)
 
 
 def timed(pack: Callable[[Case, Tensor], tuple[Tensor, Tensor]], case: Case, w: Tensor) -> tuple[float, Any]:
@@ -85,9 +92,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="formats, comma-separated; without it all")
+    parser.add_argument("--torch", action="store_true", help="as where there is no C compiler")
     parser.add_argument("--check", action="store_true", help="exit 1 where bytes differ or a goal is missed")
     said = parser.parse_args()
     torch.set_num_threads(1)
+    if said.torch:
+        native.leave_to_torch()
+    print(f"packed by {'C' if native.reads(torch.ones(1)) else 'torch'}")
     w = torch.randn(said.size, said.size, generator=torch.Generator().manual_seed(0))
     missed = False
     print(f"{'format':<8}{'ours':>10}{'theirs':>10}{'ratio':>8}{'goal':>6}  bytes")

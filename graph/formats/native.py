@@ -1,0 +1,224 @@
+"""Packing in C, where the machine has a compiler: one pass over a weight instead of a dozen, to the same bytes.
+
+``packing.c`` is built once for a machine and kept in the user's cache. Without a compiler, on other devices and for
+weights that are not fp32, the torch ops do the work: docs/decisions/0009-packing-in-c.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graph.formats.memory import scratch
+
+SOURCE = Path(__file__).with_name("packing.c")
+
+ENCODED = ("e4m3", "e2m1", "int2", "int4", "int8")
+"""The elements whose codes it makes."""
+
+NEAREST = (*ENCODED, "int3", "int6")
+"""The elements that it rounds to."""
+
+_FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+"""Without contraction ``a * b + c`` rounds twice, as torch does."""
+
+_SECONDS = 60
+"""After which a compiler is given up."""
+
+_LOADING = Lock()
+_left = False
+
+_RULES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+"""The dtypes of scales, as ``packing.c`` numbers them."""
+
+
+class Scales(NamedTuple):
+    """How weights find their scales: see scales_of.py."""
+
+    dtype: torch.dtype
+    """What they are stored as: f32, bf16, fp16, e4m3 or e8m0."""
+
+    largest: float
+    """What the largest magnitude under a scale becomes."""
+
+    divisor: float
+    """The global scale of NVFP4, else 1."""
+
+
+def reads(w: Tensor) -> bool:
+    """Whether it works on weights like this one."""
+    return _fits(w) and _library() is not None
+
+
+def magnitudes(w: Tensor, columns: int, out: Tensor) -> bool:
+    """Write the largest magnitude of every ``columns`` columns; False where that is left to torch.
+
+    w: f32 [out, in]    out: f32 [out, in / columns]
+    """
+    return _call("magnitudes", (w, out), _at(w), out.numel(), columns, _at(out))
+
+
+def encode(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """Write the codes of ``w / scale``; False where that is left to torch.
+
+    w: f32 [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
+    """
+    groups = scale.numel()
+    name = f"encode_{element}"
+    return element in ENCODED and _call(
+        name, (w, scale, out), _at(w), _at(scale), groups, w.numel() // groups, _at(out)
+    )
+
+
+def nearest(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """Write what the codes of ``w / scale`` stand for; False where that is left to torch.
+
+    w, out: f32 [rows, columns]    scale: f32 [rows, groups]
+    """
+    groups = scale.numel()
+    name = f"nearest_{element}"
+    fits = element in NEAREST and out.dtype == torch.float32
+    return fits and _call(name, (w, scale, out), _at(w), _at(scale), groups, w.numel() // groups, _at(out))
+
+
+def pack(element: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool:
+    """Find scales, write them as they are stored, and the codes under them; False where that is left to torch.
+
+    w: f32 [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
+    """
+    return element in ENCODED and _found(f"pack_{element}", w, by, scale, out)
+
+
+def round_(element: str, w: Tensor, by: Scales, columns: int, out: Tensor) -> bool:
+    """Write what ``pack`` makes codes of, where every ``columns`` columns share a scale.
+
+    w, out: f32 [rows, columns]
+    """
+    if element not in NEAREST or out.dtype != torch.float32:
+        return False
+    scale = scratch("native.scale", (w.numel() // columns,), torch.float32, w.device)
+    return _found(f"round_{element}", w, by, scale, out)
+
+
+def _found(name: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool:
+    read = scratch("native.read", tuple(scale.shape), torch.float32, w.device)
+    groups, columns = scale.numel(), w.numel() // scale.numel()
+    rule = _RULES.index(by.dtype), by.largest, by.divisor
+    return _call(name, (w, scale, out), _at(w), groups, columns, *rule, _at(scale), _at(read), _at(out))
+
+
+def encode_levels(w: Tensor, bounds: Tensor, absmax: Tensor, out: Tensor) -> bool:
+    """Write which of 16 ascending levels is nearest to each weight over its block's largest magnitude, and that one.
+
+    w: f32 [rows, columns]    bounds: f32 [15]    absmax: f32 [rows, blocks]    out: u8 [rows, columns / 2], the earlier
+    of two in the high half. False where that is left to torch.
+    """
+    blocks = absmax.numel()
+    given = _at(w), _at(bounds), blocks, w.numel() // blocks, _at(absmax), _at(out)
+    return _call("encode_levels", (w, bounds, absmax, out), *given)
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_p) -> bool:
+    found = _library() if _fits(*tensors) else None
+    if found is None:
+        return False
+    getattr(found, name)(*given)
+    return True
+
+
+def _fits(w: Tensor, *others: Tensor) -> bool:
+    """Whether it can read and write these."""
+    plain = w.dtype == torch.float32 and w.numel() > 0
+    return plain and all(x.device.type == "cpu" and x.is_contiguous() for x in (w, *others))
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def leave_to_torch() -> None:
+    """From now on this process does without: to compare, and to see what other machines do."""
+    global _left
+    _left = True
+
+
+def _library() -> ctypes.CDLL | None:
+    with _LOADING:
+        return None if _left else _loaded()
+
+
+@cache
+def _loaded() -> ctypes.CDLL | None:
+    """The library, built if it is not there; None where it cannot be."""
+    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
+    if compiler is None:
+        return None
+    try:
+        kept = _folder() / f"packing-{_key(compiler)}.so"
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _build(compiler, kept)
+        return _opened(kept)
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None  # no home, no room to build in, or a compiler that does not: torch packs
+
+
+def _which(name: str | None) -> str | None:
+    return shutil.which(name) if name else None
+
+
+def _folder() -> Path:
+    """The user's own cache: what is loaded from there is run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qc"
+
+
+def _key(compiler: str) -> str:
+    """What the library depends on: the source, how it is built, and the processor that it is built for."""
+    processor = platform.machine() + platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        processor += "".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
+    built = Path(compiler).stat()
+    parts = (SOURCE.read_text(), *_FLAGS, compiler, str(built.st_size), str(built.st_mtime_ns), processor)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(compiler: str, kept: Path) -> None:
+    """Compile beside ``kept``, for this processor if the compiler can, and put it there when it is whole and right."""
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        made = Path(folder) / kept.name
+        for own in (("-march=native",), ("-mcpu=native",), ()):
+            command = [compiler, *_FLAGS, *own, "-o", str(made), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(made, kept)
+
+
+def _opened(kept: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(kept))
+    pointer, count, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    given = [pointer, pointer, count, count, pointer]
+    finding = [pointer, count, count, integer, real, real, pointer, pointer, pointer]
+    signatures: dict[str, list[Any]] = {"magnitudes": [pointer, count, count, pointer]}
+    signatures |= {f"encode_{name}": given for name in ENCODED} | {f"pack_{name}": finding for name in ENCODED}
+    signatures |= {f"nearest_{name}": given for name in NEAREST} | {f"round_{name}": finding for name in NEAREST}
+    signatures["encode_levels"] = [pointer, pointer, count, count, pointer, pointer]
+    for name, types in signatures.items():
+        function: Callable[..., None] = getattr(found, name)
+        function.argtypes, function.restype = types, None  # type: ignore[attr-defined]
+    return found
