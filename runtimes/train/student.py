@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from graph import Graph, QcError
 from graph.formats.fuse import fuse_dequantize, unnest_scales
+from graph.joint import CHUNK_MASK, is_joint
 from graph.lora import write_in_place
 from graph.nest import nest
+from graph.unpadded import without_padding
 from runtimes.data import Batch
 from runtimes.settings import Retrieval, Train
 from runtimes.train.distribute import Processes, fill
@@ -51,6 +53,8 @@ class Student:
         fuse_dequantize(work)
         unnest_scales(work)
         write_in_place(work)
+        if is_joint(work) and not self.layers:
+            without_padding(work, work.site(CHUNK_MASK).node)
         if work.dtype != self.dtype or work.device != processes.device:
             work.to(self.dtype, processes.device)
         names = [name for name, info in graph.tensors().items() if info.trainable]
