@@ -58,6 +58,11 @@ def export(
     return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
 
 
+def check(graph: Graph) -> list[QcError]:
+    """All that stands in the way of an export, from shapes alone."""
+    return checkpoint_tensors(graph)[1]
+
+
 def _prepared(
     graph: Graph, out: Path, dtype: str, source: Path | None, tokenizer: Path | None, force: bool
 ) -> list[Dense]:
