@@ -40,14 +40,19 @@ def refusal(recipe: str, target: str) -> str | None:
         )
     if recipe in DENSE:
         missing = "the graph has no ternary weights\n  fix    add ternary-ste and freeze-ternary"
-        return missing if target in TERNARY_ONLY else None
+        missing += ", or export to int4" if target == "int2" else ""
+        return missing if target in (*TERNARY_ONLY, "int2") else None
+    if recipe in TERNARY and target == "int2":
+        return None
     lut = recipe in LUT
     held = f"lut of 16 levels, scales of rank {LUT[recipe]}" if lut else "ternary, groups of 64"
     site = f"\n  site   {FIRST}/dequantize\n  fix    "
     if target in TARGETS:
         what = f"{FIRST} holds {held}, and so do 20 more: as {target} it would be rounded twice"
-        again = f"add the pass dequantize before the export, which then rounds to {target}"
-        return f"{what}{site}export to safetensors, or {again}"
+        own, again = "safetensors" if lut else "int2", "add the pass dequantize before the export, which then rounds"
+        if target == "int2":
+            return f"{what}{site}export to int4 after the pass dequantize"
+        return f"{what}{site}export to {own}, or {again} to {target}"
     if target in TERNARY_ONLY and lut:
         what = f"{FIRST} holds {held}, and so do 20 more, and ternary weights are wanted"
         return f"{what}{site}export to safetensors, or add dequantize, ternary-ste and freeze-ternary, which rounds once more"
