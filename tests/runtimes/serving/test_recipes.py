@@ -115,9 +115,10 @@ def written(graph: Any, target: str, folder: Path) -> dict[str, int]:
 
 def test_the_plain_recipe_is_written_as_every_target_for_servers(tmp_path: Path) -> None:
     graph = made("fp16")
-    sizes = {target: sum(written(graph, target, tmp_path / target).values()) for target in TARGETS}
+    takes = [target for target in TARGETS if refusal("fp16", target) is None]
+    sizes = {target: sum(written(graph, target, tmp_path / target).values()) for target in takes}
     assert sizes["fp8"] > 1.2 * sizes["nvfp4"], "embeddings and head stay as they are"
-    assert all((tmp_path / target / "config.json").is_file() for target in TARGETS)
+    assert all((tmp_path / target / "config.json").is_file() for target in takes)
 
 
 @pytest.mark.slow
