@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from graph.formats import native
 from graph.formats.format import has_data
 from graph.formats.memory import scratch
 
@@ -74,6 +75,10 @@ class TernaryRule:
             if out is not None:
                 grid.dense(w, out)
             return grid
+        if moments is None and native.ternary_fitted(
+            w, self.tau, self.fit == "least-squares", grid.threshold, grid.scale, out
+        ):
+            return grid
         for part in _parts(w):
             here = self._of_rows(w[part], weight, None if out is None else out[part])
             grid.threshold[part], grid.scale[part] = here.threshold, here.scale
@@ -83,10 +88,7 @@ class TernaryRule:
         """The grid of some rows that share no scale with others: a weight is read from memory once."""
         groups, columns = self.scale_shape(tuple(w.shape))[1], w.shape[1]
         magnitude = _magnitude(w)
-        if self.fit == "absmean":
-            mean = (_row_sums(magnitude, groups) / (columns / groups)).float().clamp(min=SMALLEST)
-        else:  # it is no scale, and a threshold may be a rounding off
-            mean = magnitude.view(w.shape[0], groups, -1).mean(-1).clamp(min=SMALLEST)
+        mean = (_row_sums(magnitude, groups) / (columns / groups)).float().clamp(min=SMALLEST)
         grid = Grid(self._threshold(mean), mean)
         if self.fit == "absmean" and out is None:
             return grid
@@ -141,6 +143,9 @@ class Grid:
     def dense(self, w: Tensor, out: Tensor | None = None) -> Tensor:
         """The weight that w [out, in] becomes, f32, written to ``out`` if that is given."""
         dense = w.new_empty(w.shape, dtype=torch.float32) if out is None else out
+        by_row = self.scale.shape[0] == w.shape[0]
+        if by_row and has_data(w) and native.ternary_dense(w, self.threshold, self.scale, dense):
+            return dense
         for part in _parts(w):
             here = self.rows(part)
             integers = here._integers(w[part], dense[part])
