@@ -6,7 +6,7 @@ is evaluated for the one weight, so what is written is what the graph multiplies
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,18 @@ class Dense:
         return value.t().contiguous() if self.transposed else value
 
 
-def checkpoint_tensors(graph: Graph) -> tuple[list[Dense], list[QcError]]:
-    """Every tensor that a checkpoint of the graph's architecture has, and what stands in the way of writing it."""
-    wanted = {name: tuple(value.shape) for name, value in _model(graph).state_dict().items()}
-    infos = graph.tensors()
+def checkpoint_tensors(graph: Graph, beside: Collection[str] = ()) -> tuple[list[Dense], list[QcError]]:
+    """Every tensor that a checkpoint of the graph's architecture has, and what stands in the way of writing it.
+
+    Tensors ``beside`` it are written elsewhere, and in nobody's way.
+    """
+    infos, model = graph.tensors(), _model(graph)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    if graph.kind != "causal-lm" and any(
+        name.startswith(prefix) for name in infos
+    ):  # a language model without its head
+        wanted = {f"{prefix}{name}": shape for name, shape in wanted.items()}
     aliases = {alias for info in infos.values() for alias in info.aliases}
     packed = dict(_packed(graph, wanted))
     found, missing = [], []
@@ -56,7 +64,11 @@ def checkpoint_tensors(graph: Graph) -> tuple[list[Dense], list[QcError]]:
             found.append(_of(graph, name, shape, packed[name]))
         elif not any(alias == name or alias.startswith(f"{name}.") for alias in aliases):
             missing.append(name)
-    errors = [error for error in (_unmerged(graph), _missing(missing), _foreign(graph, set(wanted), packed)) if error]
+    errors = [
+        error
+        for error in (_unmerged(graph), _missing(missing), _foreign(graph, set(wanted) | set(beside), packed))
+        if error
+    ]
     return found, errors
 
 

@@ -64,6 +64,12 @@ def _calibrated(wanted: Export, loaded: Artifact, text: Text | None) -> dict[str
     return {"rows": [batch["input_ids"] for batch in text(loaded.load_tokenizer(), tokens)]}
 
 
+def _for_chunks(wanted: Export, loaded: Artifact) -> dict[str, Any]:
+    """The tokenizer of an encoder that was joined to a decoder, for the target that writes the two apart."""
+    own = wanted.target == "safetensors" and loaded.memory_tokenizer is not None
+    return {"memory_tokenizer": loaded.memory_tokenizer} if own else {}
+
+
 def export_artifact(
     artifact: Path,
     wanted: Export,
@@ -93,6 +99,7 @@ def export_artifact(
             max_shard=_bytes_of(wanted.max_shard_size),
             tokenizer=loaded.tokenizer,
             force=force,
+            **_for_chunks(wanted, loaded),
             **_calibrated(wanted, loaded, text),
             **wanted.options(),
             **({"about": {"reports": loaded.manifest["reports"]}} if wanted.target == "ternary" else {}),

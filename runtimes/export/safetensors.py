@@ -17,9 +17,11 @@ from torch import Tensor
 
 from graph import Graph, QcError, raise_all
 from graph.dense import Dense, checkpoint_tensors, model_config
+from graph.joint import is_joint
 from graph.weights import Entry, write
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
+from runtimes.export._joint import DECODER, ENCODER, MEMORY, Parts
 
 Dtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
 
@@ -34,6 +36,7 @@ def export(
     max_shard: int = 5 * 10**9,
     source: Path | None = None,
     tokenizer: Path | None = None,
+    memory_tokenizer: Path | None = None,
     force: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> ExportReport:
@@ -41,18 +44,21 @@ def export(
 
     Tokenizer, chat template and generation settings come from ``tokenizer``, or from ``source``, the model's folder.
     ``out`` may not be there yet, or be empty; with ``force`` it is replaced when the new one is whole. ``about`` goes
-    into ``qc-export.json``. Everything missing is named in one go, before any work.
+    into ``qc-export.json``. Everything missing is named in one go, before any work. A joint graph becomes two such
+    folders, ``encoder`` with the ``memory_tokenizer`` and ``decoder``, and a file of what goes between them.
     """
-    tensors = _prepared(graph, out, dtype, source, tokenizer, force)
+    parts = Parts(graph) if is_joint(graph) else None
+    tensors = _prepared(parts or graph, out, dtype, source, tokenizer, force)
     count = Counted(DTYPES[dtype], dtype)
-    carried = tokenizer or source
+    carried = {"": tokenizer or source, DECODER: tokenizer or source, ENCODER: memory_tokenizer}
     with replacing(out, force) as new:
-        write(new, [count.entry(tensor) for tensor in tensors], stem="model", max_shard=max_shard)
-        write_json(new / "config.json", config_of(graph, dtype))
-        if carried is not None:
-            carry(carried, new)
-        if graph.kind == "causal-lm" and not (new / "generation_config.json").is_file():
-            write_json(new / "generation_config.json", generation_config_of(graph))
+        for name, model in (parts.models if parts is not None else {"": graph}).items():
+            (new / name).mkdir(exist_ok=True)
+            write(new / name, [count.entry(tensor) for tensor in tensors[name]], stem="model", max_shard=max_shard)
+            _describe(model, new / name, dtype, carried[name])
+        if parts is not None:
+            write(new, parts.entries(DTYPES[dtype]), stem=MEMORY, max_shard=max_shard)
+            write_json(new / f"{MEMORY}.json", parts.about())
         head = {"format": "qc-export", "version": 1, "target": "safetensors", "dtype": dtype}
         sign(new, {**head, **(about or {})})
     return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
@@ -60,16 +66,29 @@ def export(
 
 def check(graph: Graph) -> list[QcError]:
     """All that stands in the way of an export, from shapes alone."""
-    return checkpoint_tensors(graph)[1]
+    return (Parts(graph).checkpoints() if is_joint(graph) else checkpoint_tensors(graph))[1]
+
+
+def _describe(graph: Graph, folder: Path, dtype: Dtype, carried: Path | None) -> None:
+    """Write what transformers reads beside the weights of a model."""
+    write_json(folder / "config.json", config_of(graph, dtype))
+    if carried is not None:
+        carry(carried, folder)
+    if graph.kind == "causal-lm" and not (folder / "generation_config.json").is_file():
+        write_json(folder / "generation_config.json", generation_config_of(graph))
 
 
 def _prepared(
-    graph: Graph, out: Path, dtype: str, source: Path | None, tokenizer: Path | None, force: bool
-) -> list[Dense]:
-    """The tensors to write; raises all that is missing or in the way."""
+    given: Graph | Parts, out: Path, dtype: str, source: Path | None, tokenizer: Path | None, force: bool
+) -> dict[str, list[Dense]]:
+    """The tensors to write, by folder; raises all that is missing or in the way."""
     if dtype not in DTYPES:
         raise QcError(f"no dtype is called {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-    tensors, errors = checkpoint_tensors(graph)
+    if isinstance(given, Parts):
+        (tensors, errors), graph = given.checkpoints(), given.decoder
+    else:
+        found, errors = checkpoint_tensors(given)
+        tensors, graph = {"": found}, given
     if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
     errors += in_the_way(out, source, tokenizer, force)

@@ -1,6 +1,7 @@
 """Does an export compute what its graph computes? An independent reader loads it in a fresh process and tells.
 
 weights    exports of weights: transformers reads them
+joint      exports of two models: transformers reads both, and modules of the reader's own what is between them
 serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
 bitnet     ternary weights in BitNet's packing: transformers reads them, and rounds their tokens
 ternary    ternary exports: their integers are read for themselves, their floats by transformers
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graph import Graph, QcError
+from graph.joint import is_joint
 from runtimes.serving.settings import TARGETS as SERVING
 from runtimes.verify.findings import Finding, Report, read_about
 
@@ -35,6 +37,10 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
         from runtimes.verify.ternary import verify_ternary
 
         return verify_ternary(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target == "safetensors" and is_joint(graph):
+        from runtimes.verify.joint import verify_joint
+
+        return verify_joint(folder, graph, tokenizer=tokenizer, timeout=timeout)
     if target in ("safetensors", "gguf"):
         from runtimes.verify.weights import verify_weights
 

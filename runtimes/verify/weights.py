@@ -36,7 +36,8 @@ WRITTEN_DB = 70.0
 ROUNDED_DB = {"fp32": 70.0, "fp16": 45.0, "bf16": 25.0}
 """PSNR of the export against the graph as it is, by the export's dtype."""
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The dtypes of exports."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _compared(
     before: tuple[Finding, ...], graph: Graph, probes: list[Probe], read: list[Tensor], dtype: str, after: list[Finding]
 ) -> Verification:
     """The numbers, at all tokens that are not padding."""
-    rounded = Rounded(graph, _DTYPES[dtype])
+    rounded = Rounded(graph, DTYPES[dtype])
     ours = at_tokens([as_it_is(graph, *probe) for probe in probes], probes)
     exact = at_tokens([rounded.run_on(*probe) for probe in probes], probes)
     theirs = at_tokens(read, probes)
@@ -123,7 +124,7 @@ def at_tokens(values: list[Tensor], probes: list[Probe]) -> Tensor:
 
 def _about(folder: Path) -> dict[str, Any]:
     about = read_about(folder)
-    if about.get("dtype") not in _DTYPES:
+    if about.get("dtype") not in DTYPES:
         raise QcError(f"{folder / ABOUT} is damaged", fix="export again")
     return about
 
@@ -133,7 +134,7 @@ def _headers(folder: Path, about: dict[str, Any]) -> Finding:
     if about["target"] == "gguf":
         return Finding("tensors", True, "in a GGUF file, which its reader tells")
     count = 0
-    dtype = _DTYPES[about["dtype"]]
+    dtype = DTYPES[about["dtype"]]
     for path in sorted(folder.glob("*.safetensors")):
         try:
             stored = read_header(path)

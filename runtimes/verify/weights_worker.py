@@ -26,12 +26,12 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     kind, probes = asked["kind"], load_file(inputs)
     found = {}
     with torch.no_grad(), _as_written(folder):
-        model = _load(folder, kind, getattr(torch, asked["dtype"]))
+        model = load_model(folder, kind, getattr(torch, asked["dtype"]))
         for i in range(len(probes) // 2):
             result = model(input_ids=probes[f"ids_{i}"], attention_mask=probes[f"mask_{i}"])
             found[f"out_{i}"] = (result.logits if kind == "causal-lm" else result.last_hidden_state).contiguous()
     weights = {name: _sha256_of(model.get_submodule(name)) for name in json.loads(asked["modules"])}
-    facts = {"model": type(model).__name__, "tokenizer": _tokenizer(folder), "generation": _generation(folder)}
+    facts = {"model": type(model).__name__, "tokenizer": tokens_found(folder), "generation": generation_found(folder)}
     facts |= {"weights": weights}
     save_file(found, outputs, metadata={"facts": json.dumps(facts)})
 
@@ -52,7 +52,8 @@ def _packing(folder: str) -> str | None:
     return (said.get("quantization_config") or {}).get("quant_method")
 
 
-def _load(folder: str, kind: str, dtype: Any) -> Any:
+def load_model(folder: str, kind: str, dtype: Any) -> Any:
+    """The model of a folder as transformers loads it; the process ends where a tensor is missing, or one too many."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
@@ -95,7 +96,7 @@ def _sha256_of(module: Any) -> str:
     return hashlib.sha256(weight.float().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tokenizer(folder: str) -> dict[str, Any] | None:
+def tokens_found(folder: str) -> dict[str, Any] | None:
     """The tokens of the probe texts, and those of their texts again; None where there is no tokenizer."""
     from transformers import AutoTokenizer
 
@@ -115,7 +116,8 @@ def _again(tokenizer: Any, ids: list[int]) -> list[int]:
     return list(tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"])
 
 
-def _generation(folder: str) -> bool:
+def generation_found(folder: str) -> bool:
+    """Whether there are settings for generation that transformers reads."""
     from transformers import GenerationConfig
 
     if not (Path(folder) / "generation_config.json").is_file():

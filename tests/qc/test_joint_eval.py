@@ -11,6 +11,7 @@ import qc
 from graph.artifact import load
 from graph.errors import QcError
 from qc.evaluating import evaluate_artifact
+from qc.exporting import export_newest
 from qc.measuring import weights_of
 
 RECIPE = """
@@ -82,3 +83,12 @@ def test_what_it_cannot_be_compared_with_or_asked(run: Path, folder: Path, tmp_p
         f"{alone} lies in no run, and without its recipe nobody knows what it is to be asked\n"
         "  fix    give the artifact in the folder of its run"
     )
+
+
+def test_it_is_exported_with_both_tokenizers(run: Path, tmp_path: Path) -> None:
+    found = export_newest(
+        str(run / "dequantized" / "compiled"), "safetensors", "fp32", tmp_path / "out", True, False, run, print
+    )
+    assert found["export/psnr_db"] > 70
+    for part in ("encoder", "decoder"):
+        assert (tmp_path / "out" / part / "tokenizer.json").is_file()

@@ -33,6 +33,8 @@ FIRST = "model.layers.0.self_attn.q_proj.weight"
 
 def refusal(recipe: str, target: str) -> str | None:
     """Why ``target`` cannot take what comes of ``recipe``, of the seedling; None where it can."""
+    if recipe.startswith("awareness") and target == "safetensors":
+        return None
     if recipe.startswith("awareness"):
         return (
             f"the graph joins encoder and decoder, and {target} holds one model\n"
