@@ -30,6 +30,10 @@ ONNX_OPTIONS = ("kv",)
 """The options of the target onnx."""
 
 
+JOINT = ("safetensors",)
+"""The targets that hold two models that were joined."""
+
+
 def default_dtype(target: str) -> str:
     """The dtype of floating tensors where none is given."""
     return "bf16" if target in BF16 else "fp16"
@@ -78,6 +82,8 @@ def find(target: str) -> Callable[..., ExportReport]:
         fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
         raise QcError(f"no export target is called {target!r}", fix=fix)
     found: Callable[..., ExportReport] = _module(target).export
+    if target in JOINT:
+        return found
     return partial(_export, partial(found, target=target) if target in SERVING else found, target)
 
 
@@ -92,7 +98,7 @@ def _joined(target: str, graph: Any) -> list[QcError]:
     """Two models in one are no model that anything else reads."""
     from graph.joint import is_joint, names_of
 
-    if not is_joint(graph):
+    if target in JOINT or not is_joint(graph):
         return []
     what = f"the graph joins {' and '.join(vars(names_of(graph)).values())}, and {target} holds one model"
     fix = "export a stage from before attach-memory; qc generate --context runs both"
