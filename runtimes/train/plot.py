@@ -29,13 +29,12 @@ def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | N
         axes.plot(*zip(*evaluated, strict=True), color="#d1622b", marker="o", markersize=4, label="held-out text")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
     exact = [(r["step"], r[EXACT]) for r in rows if EXACT in r]
     if exact:
         beside = axes.twinx()
         beside.plot(*zip(*exact, strict=True), color="#3b8f5a", marker="s", markersize=4, label="held-out questions")
         beside.set(ylabel="answered whole", ylim=(-0.02, 1.02))
-        beside.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=4)  # below, where no curve runs behind it
     FigureCanvasAgg(figure)
     with explained("the loss plot", path.parent):
         figure.savefig(path, dpi=120)
