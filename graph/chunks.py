@@ -64,13 +64,20 @@ def join_chunks(
 def joined_mask(
     memory_ids: Tensor | None, memory_attention: Tensor | None, ids: Tensor, batch: int, most: int | None = None
 ) -> Tensor:
-    """The mask [B, M] of what ``join_chunks`` returns; ids: the chunks, [B * C, S]."""
+    """The mask [B, M] of what ``join_chunks`` returns: the number of the chunk, from 1 on, and 0 at padding.
+
+    ids: the chunks, [B * C, S]
+    """
     if _absent(memory_ids):
         return ids.new_zeros(batch, 0)
+    assert memory_ids is not None
+    chunks, size = memory_ids.shape[1:]
     if memory_attention is None:
-        whole = torch.ones_like(ids).reshape(batch, -1)
+        numbers = torch.arange(1, chunks + 1, device=ids.device).repeat_interleave(size)
+        whole = numbers.to(ids.dtype)[None].expand(batch, -1).contiguous()
         return whole if most is None else whole[:, :most]
-    return _order(memory_attention, most)[1].to(ids.dtype)
+    order, kept = _order(memory_attention, most)
+    return ((order // size + 1) * kept).to(ids.dtype)
 
 
 def _absent(chunks: Tensor | None) -> bool:

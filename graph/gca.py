@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -126,9 +126,25 @@ def add_memory_inputs(graph: Graph, width: int, separate: bool) -> tuple[fx.Node
     return tokens, values, insert("qc.memory_seen", mask, tokens, name="seen")
 
 
-def insert_block(graph: Graph, x: fx.Node, memory: tuple[fx.Node, fx.Node, fx.Node], form: Form) -> fx.Node:
-    """Put one block of it behind ``x``; everything that read ``x`` reads its result, which is returned."""
-    build = _Builder(graph, x, form)
+Memory = tuple[fx.Node, fx.Node, fx.Node]
+"""Its tokens, its values, and which of them are seen."""
+
+
+class Inserted(NamedTuple):
+    """The ops of one block that others go by."""
+
+    attention: fx.Node
+    added: fx.Node
+
+
+def insert_block(
+    graph: Graph, x: fx.Node, memory: Memory, form: Form, stage: str = "", prior: fx.Node | None = None
+) -> Inserted:
+    """Put one block of it behind ``x``; everything that read ``x`` reads its result.
+
+    ``stage`` goes into the names, where a block of the model has more than one; ``prior`` weighs tokens beforehand.
+    """
+    build = _Builder(graph, x, form, stage)
     tokens, values, seen = memory
     width, inner = int(x.meta["val"].shape[-1]), form.heads * form.head_dim
     kv = form.kv_heads * form.head_dim
@@ -139,7 +155,8 @@ def insert_block(graph: Graph, x: fx.Node, memory: tuple[fx.Node, fx.Node, fx.No
     k = build.heads("k", build.linear("k", tokens, kv, form.width), form.kv_heads)
     v = build.heads("v", build.linear("v", values, kv, form.width), form.kv_heads)
     drop = (form.attention_dropout, training_input(graph)) if form.attention_dropout else ()
-    core = build("attention", "qc.memory_attention", q, k, v, seen, *drop, role="core")
+    known = {} if prior is None else {"prior": prior}
+    core = build("attention", "qc.memory_attention", q, k, v, seen, *drop, role="core", **known)
     flat = build("attention.flat", "aten.flatten.using_ints", core, 2, 3)
     update = build.linear("o", flat, width, inner)
     if form.output_dropout:
@@ -148,24 +165,24 @@ def insert_block(graph: Graph, x: fx.Node, memory: tuple[fx.Node, fx.Node, fx.No
     added = build("add", "qc.add_gated", x, update, gate, seen, form.gate.function, role="out")
     for reader in readers:
         reader.replace_input_with(x, added)
-    return added
+    return Inserted(core, added)
 
 
 class _Builder:
     """Inserts the ops of one block behind ``x``, in order."""
 
-    def __init__(self, graph: Graph, x: fx.Node, form: Form):
+    def __init__(self, graph: Graph, x: fx.Node, form: Form, stage: str):
         self.graph, self.x, self.form, self.before = graph, x, form, x.next
         self.tags = {key: tag(x, key) for key in ("block", "stack", "path")}
         path = self.tags["path"] or str(tag(x, "site", x.name)).replace("/", ".")
-        self.path = f"{path}.gca"
+        self.path = f"{path}.gca.{stage}".rstrip(".")
         block = {key: self.tags[key] for key in ("block", "stack")}
         self.info = TensorInfo(trainable=True, group=GROUP, pinned=True, **block)
         self.plan = is_plan(graph)
 
-    def __call__(self, name: str, op: str, *args: Any, role: str = "shape") -> fx.Node:
+    def __call__(self, name: str, op: str, *args: Any, role: str = "shape", **kwargs: Any) -> fx.Node:
         site = f"{self.path}.{name}"
-        node = self.graph.insert(op, *args, name=site, before=self.before, role=f"gca.{role}")
+        node = self.graph.insert(op, *args, name=site, before=self.before, role=f"gca.{role}", **kwargs)
         set_tag(node, **self.tags)
         return node
 

@@ -31,6 +31,9 @@ IDS, ATTENTION = "memory_ids", "memory_attention"
 BETWEEN = "memory"
 """What the sites between the two are called after."""
 
+CHUNK_MASK = f"{BETWEEN}/chunk_mask"
+"""The site that gives the mask of the encoder's rows."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -191,7 +194,7 @@ def take_apart(graph: Graph) -> tuple[Graph, Graph]:
     between = {node_name(n): n for n in graph.module.graph.nodes if node_name(n).startswith(f"{BETWEEN}/")}
     joins = [node for name, node in between.items() if name in ("memory/joined", "memory/joined_values")]
     own = {key: value for key, value in graph.config.items() if key != "joint"}
-    reads = {between["memory/chunk_ids"]: "input_ids", between["memory/chunk_mask"]: "attention_mask"}
+    reads = {between["memory/chunk_ids"]: "input_ids", between[CHUNK_MASK]: "attention_mask"}
     first = 1 + max((s.block for s in graph.sites() if s.stack == 0 and s.block is not None), default=-1)
     encoder = _Part(graph, names.encoder, 0, first).made(reads, [n.all_input_nodes[0] for n in joins])
     encoder.config, encoder.kind = dict(about["encoder"]), "encoder"

@@ -9,7 +9,7 @@ Inputs of a decoder that reads a memory; all may be left out, and then it comput
 
 memory         float [B, M, d]   the states of M tokens
 memory_value   float [B, M, d]   what is read at those tokens, where that is another state than the one looked for
-memory_mask    int [B, M]        0 is padding; without it nothing is
+memory_mask    int [B, M]        0 is padding, n > 0 a token of document n; without it all are of one document
 
 A row of which all is padding, and a memory of no tokens, add exactly nothing.
 """
@@ -25,6 +25,9 @@ from graph.ops import op, repeat_heads
 
 HIDDEN = -1e9
 """What is added to the score of a padding token; finite, so that a row of padding alone has a softmax too."""
+
+LEAST_PRIOR = 1e-6
+"""What a token that was weighed with 0 before can still get."""
 
 
 @op
@@ -60,35 +63,47 @@ def prepared(computed: Tensor, given: Tensor | None) -> Tensor:
 
 @op
 def memory_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: float = 0.0, training: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    dropout: float = 0.0,
+    training: bool = False,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """Attention to a memory; each of its heads serves ``heads / kv_heads`` query heads. The softmax is in fp32.
 
     q: [B, heads, T, d]    k, v: [B, kv_heads, M, d]    seen: bool [B, M]  ->  [B, T, heads, d], 0 where M = 0
+
+    prior: fp32 [B, T or 1, M], by which tokens are weighed before they are looked at, or None: all alike
     """
     if k.shape[2] == 0:
         return torch.zeros_like(q).transpose(1, 2)
-    groups, bias = q.shape[1] // k.shape[1], _bias(seen, q.dtype)
+    groups, bias = q.shape[1] // k.shape[1], _bias(seen, q.dtype, prior)
     y = torch.nn.functional.scaled_dot_product_attention(
         q, repeat_heads(k, groups), repeat_heads(v, groups), attn_mask=bias, dropout_p=dropout if training else 0.0
     )
     return y.transpose(1, 2)
 
 
-def memory_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+def memory_weights(q: Tensor, k: Tensor, seen: Tensor, prior: Tensor | None = None) -> Tensor:
     """What ``memory_attention`` weighs values with, spelled out.
 
-    q: [B, heads, T, d]    k: [B, kv_heads, M, d]    seen: bool [B, M]  ->  fp32 [B, heads, T, M], sums of 1
+    q: [B, heads, T, d]    k: [B, kv_heads, M, d]    seen: bool [B, M]    prior: fp32 [B, T or 1, M] or None
+    ->  fp32 [B, heads, T, M], sums of 1
     """
     k = repeat_heads(k, q.shape[1] // k.shape[1])
     scores = torch.matmul(q, k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
-    return torch.softmax(scores + _bias(seen, torch.float32), dim=-1)
+    return torch.softmax(scores + _bias(seen, torch.float32, prior), dim=-1)
 
 
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, 1, M]: 0 where a token is seen, else as far below as the dtype goes, but for infinity."""
+def _bias(seen: Tensor, dtype: torch.dtype, prior: Tensor | None) -> Tensor:
+    """[B, 1, T or 1, M]: 0, or what is known before, where a token is seen; else far below, but not at infinity."""
     low = max(HIDDEN, torch.finfo(dtype).min)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, low)[:, None, None, :]
+    hidden = ~seen[:, None, None, :]
+    if prior is None:
+        return torch.zeros(hidden.shape, dtype=dtype, device=seen.device).masked_fill(hidden, low)
+    return torch.log(prior + LEAST_PRIOR).to(dtype)[:, None].masked_fill(hidden, low)
 
 
 @op

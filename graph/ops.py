@@ -22,7 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 OPS: dict[str, Callable[..., Any]] = {}
 """``qc.rms_norm`` -> the function."""
 
-OP_MODULES = ("graph.formats", "graph.lora", "graph.cache", "graph.memory", "graph.chunks", "graph.degraded")
+OP_MODULES = (
+    "graph.formats", "graph.lora", "graph.cache", "graph.memory", "graph.staged", "graph.chunks", "graph.degraded",
+    "graph.fp8_linear", "graph.unpadded",
+)  # fmt: skip
 """The modules that register further ops; they are imported when an op is asked for that is not there yet."""
 
 _BUILTIN: dict[str, Callable[..., Any]] = {

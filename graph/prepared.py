@@ -19,6 +19,9 @@ from graph.gca import MASK, MEMORY, VALUE
 from graph.probe import evaluate
 from graph.sites import Site, set_tag, tag
 
+NUMBERED = ("qc.memory_seen", "qc.memory_documents")
+"""The ops that read the mask: which tokens there are, and of which documents."""
+
 
 def is_hoisted(graph: Graph) -> bool:
     """Whether the graph takes keys and values that were worked out before."""
@@ -48,13 +51,13 @@ def _prepare(graph: Graph, site: Site, at: int, what: str, number: int) -> None:
     given = graph.add_input(f"memory_{what}_{number}", torch.empty(0, dtype=value.dtype), dims=dims)
     label = f"{site.name}.{what}"
     node = graph.insert("qc.prepared", computed, given, name=label, before=site.node, role="gca.prepared")
-    site.set_input(at, node)
+    computed.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
 
 
 def _take_mask(graph: Graph) -> list[str]:
     """Let a joint graph, which makes its mask, take the one that belongs to prepared keys; return what reads it."""
     given = graph.add_input(MASK, torch.empty(0, dtype=torch.long), dims=("B", "M"))
-    seen = graph.sites("qc.memory_seen")
+    seen = graph.sites(*NUMBERED)
     for site in seen:
         made = site.input(0)
         node = graph.insert("qc.prepared", made, given, name=f"{site.name}/mask", before=site.node, role="gca.memory")
@@ -73,7 +76,7 @@ def prepare(graph: Graph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rows = next(iter(given.values())).shape[0]
     inputs = {str(n.target): n.args[0] for n in graph.module.graph.nodes if n.op == "placeholder" and n.args}
     inputs |= {"input_ids": torch.zeros(rows, 1, dtype=torch.long, device=graph.device), **given}
-    seen = graph.sites("qc.memory_seen")[0].node
+    seen = max(graph.sites(*NUMBERED), key=lambda site: NUMBERED.index(site.op)).node  # documents tell more
     *found, mask = evaluate(graph, [*(s.input(0) for s in sites), seen], inputs)
     named = {str(s.input(1).target): value for s, value in zip(sites, found, strict=True)}
     return named | {MASK: mask.long()}
@@ -94,11 +97,12 @@ def part(graph: Graph) -> tuple[Graph, Graph]:
         given = site.input(1)
         given.args = ()
         site.node.replace_all_uses_with(given)
-    for site in decoder.sites("qc.memory_seen"):
+    for site in decoder.sites(*NUMBERED):
         mask = site.input(0)
         mask.args = ()
-        name = f"{site.name}/bool"
-        seen = decoder.insert("aten.to.dtype", mask, torch.bool, name=name, before=site.node, role="gca.memory")
+        dtype = torch.bool if site.op == NUMBERED[0] else torch.long
+        name = f"{site.name}/{'bool' if dtype == torch.bool else 'long'}"
+        seen = decoder.insert("aten.to.dtype", mask, dtype, name=name, before=site.node, role="gca.memory")
         site.node.replace_all_uses_with(seen)
     return _swept(maker), _swept(decoder)
 

@@ -30,6 +30,9 @@ HINTS = (SYMBOLS["B"][0], SYMBOLS["T"][0])
 
 Dims = Sequence["int | str | None"]
 
+Types = tuple[Any, ...]
+"""What stands in for a value, in each world."""
+
 
 class Shapes:
     """The worlds of a graph. A node's type is ``meta["vals"]``, one stand-in a world; ``meta["val"]`` is the first."""
@@ -38,21 +41,38 @@ class Shapes:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         first, last = ({name: sizes[i] for name, sizes in SYMBOLS.items()} for i in (0, 2))
         self.worlds = [first, *({**first, name: sizes[1]} for name, sizes in SYMBOLS.items()), last]
+        self._known: dict[Any, Types] = {}
+        self._made: dict[Any, tuple[Types, list[Types]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shapes:
+        """What types are known holds for every graph, and the nodes of a copy hold on to theirs."""
+        return self
 
     def type_input(self, node: fx.Node, dtype: torch.dtype, dims: Dims) -> None:
         """Type an input: sizes are numbers or symbols; None is the next of ``B``, ``T``."""
         free = iter(("B", "T", "M"))
         named = [next(free) if d is None else d for d in dims]
         node.meta["dims"] = tuple(named)
-        self._set(node, [self._empty([w[d] if isinstance(d, str) else d for d in named], dtype) for w in self.worlds])
+        sizes = [[w[d] if isinstance(d, str) else d for d in named] for w in self.worlds]
+        self._set(node, tuple(self._empty(size, dtype) for size in sizes))
 
     def type_constant(self, node: fx.Node, value: Any) -> None:
         """Type a stored tensor, or a plain value."""
-        stand_in = self._empty(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
-        self._set(node, [stand_in] * len(self.worlds))
+        stand_in = self._empty(value.shape, value.dtype) if isinstance(value, Tensor) else value
+        self._set(node, (stand_in,) * len(self.worlds))
 
     def type_call(self, node: fx.Node) -> None:
-        """Type an op's result, from the types of its arguments; Malformed where the op cannot take them."""
+        """Type an op's result, from the types of its arguments; Malformed where the op cannot take them.
+
+        An op on the same types as another has its result: of the blocks of a model, one is computed.
+        """
+        key = (node.target, _frozen((node.args, node.kwargs)))
+        if key not in self._made:
+            held = [n.meta["vals"] for n in node.all_input_nodes]  # as long as the key has their ids
+            self._made[key] = self._call(node), held
+        self._set(node, self._made[key][0])
+
+    def _call(self, node: fx.Node) -> Types:
         inputs = node.all_input_nodes
         vals: list[Any] = []
         with self.mode, torch.no_grad():
@@ -61,7 +81,7 @@ class Shapes:
                     vals.append(vals[0])  # nothing it reads knows this symbol
                     continue
                 vals.append(_same(vals, _result(node, i)))
-        self._set(node, vals)
+        return tuple(vals)
 
     def propagate(self, module: fx.GraphModule, value: Callable[[str], Tensor]) -> None:
         """Type every node of ``module``; ``value`` gives the stored tensors, inputs keep their types."""
@@ -79,8 +99,35 @@ class Shapes:
         with self.mode:
             return torch.empty(list(shape), dtype=dtype, device="cpu")
 
-    def _set(self, node: fx.Node, vals: list[Any]) -> None:
-        node.meta["vals"], node.meta["val"] = tuple(vals), vals[0]
+    def _set(self, node: fx.Node, vals: Types) -> None:
+        vals = self._one(vals)
+        node.meta["vals"], node.meta["val"] = vals, vals[0]
+
+    def _one(self, vals: Types) -> Types:
+        """The same tuple for the same types, so that equal ones have one id."""
+        return self._known.setdefault(tuple(map(_layout, vals)), vals)
+
+
+def _layout(value: Any) -> Any:
+    """What tells a type from others."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_layout, value)
+    return _frozen(value)
+
+
+def _frozen(arg: Any) -> Any:
+    """An argument as a part of a key: 1, 1.0 and True are three, and a node is what its types are."""
+    if isinstance(arg, fx.Node):
+        return fx.Node, id(arg.meta["vals"])
+    if isinstance(arg, (list, tuple)):
+        return type(arg), *map(_frozen, arg)
+    if isinstance(arg, dict):
+        return dict, *((key, _frozen(value)) for key, value in arg.items())
+    if isinstance(arg, slice):
+        return slice, _frozen(arg.start), _frozen(arg.stop), _frozen(arg.step)
+    return type(arg), repr(arg) if isinstance(arg, float) else arg
 
 
 def _result(node: fx.Node, i: int) -> Any:

@@ -14,27 +14,20 @@ another pass put into a group. Gates and norms stay in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import fx
-
 from graph import Graph, QcError, raise_all
-from graph.gca import Form, GcaGate, add_memory_inputs, has_memory, heads_of, insert_block, places
+from graph.gca import add_memory_inputs, insert_block, places
 from graph.sites import node_name
-from passes.base import Exact, Pass, Report
+from passes.base import Report
+from passes.gca_options import CrossAttention, freeze_rest, new_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class InsertGca(Pass):
+class InsertGca(CrossAttention):
     """Insert gated cross-attention to a memory behind every n-th block."""
-
-    contract = Exact()
-    idempotent = False
-    after = ("quantize-base",)
 
     every_n: int = 3
     """Behind every so many blocks, from ``start`` on."""
@@ -48,54 +41,12 @@ class InsertGca(Pass):
     point: Literal["block_out", "after_attn"] = "block_out"
     """Behind the whole block, or between its attention and its MLP."""
 
-    heads: int | None = None
-    """Query heads; without it, those of the block's own attention."""
-
-    kv_heads: int | None = None
-    """Heads of keys and values; without it, those of the block's own attention, or ``heads`` where that is given."""
-
-    head_dim: int | None = None
-    """Size of a head; without it, the width of the model divided by ``heads``."""
-
-    width: int | None = None
-    """Width of a memory token; without it, that of the model."""
-
-    separate_values: bool = False
-    """Read values from a second memory, ``memory_value``, as insert-kv-projection gives one."""
-
-    gate: GcaGate = field(default_factory=GcaGate)
-    """``{function: sigmoid, init: -1.0}``"""
-
-    attention_dropout: float = 0.0
-    """Share of the attention weights that are zeroed in training."""
-
-    output_dropout: float = 0.0
-    """Share of what is added that is zeroed in training."""
-
-    eps: float | None = None
-    """Of the norm; without it, that of the model's configuration, or 1e-6."""
-
-    dtype: Literal["fp32", "model"] = "fp32"
-    """Dtype in which projections are kept: fp32 whatever the graph runs in, or the graph's."""
-
-    seed: int = 0
-    """Seed of the projections."""
-
-    def __post_init__(self) -> None:
-        raise_all(list(self._mistakes()))
-
     def _mistakes(self) -> Iterator[QcError]:
         if self.layers is not None and (self.every_n, self.start) != (3, None):
             yield QcError("layers stands beside every_n or start", fix="keep layers, or the other two")
-        for key in ("every_n", "heads", "kv_heads", "head_dim", "width"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield QcError(f"{key} is {value}", fix="give a number from 1")
-        for key in ("attention_dropout", "output_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                yield QcError(f"{key} is {getattr(self, key):g}", fix="give a share from 0 to below 1; 0.1 is usual")
-        if not math.isfinite(self.gate.init):
-            yield QcError(f"gate.init is {self.gate.init}", fix="give a number; -1 is usual with sigmoid")
+        if self.every_n < 1:
+            yield QcError(f"every_n is {self.every_n}", fix="give a number from 1")
+        yield from super()._mistakes()
 
     def blocks(self, count: int) -> list[int]:
         """The blocks behind which it goes in a model of ``count`` blocks."""
@@ -105,11 +56,9 @@ class InsertGca(Pass):
 
     def check(self, graph: Graph) -> Sequence[QcError]:
         """Blocks that there are not, heads that do not divide, a graph that is no decoder or has a memory already."""
-        if has_memory(graph):
-            return [QcError("the graph reads a memory already", fix="take one of the two insert-gca out")]
-        if "input_ids" not in graph.inputs or not graph.blocks:
-            fix = "insert it into a language model, with on: in a recipe of several models"
-            return [QcError("the graph is no decoder of tokens", fix=fix)]
+        problem = self._no_decoder(graph)
+        if problem is not None:
+            return [problem]
         chosen = self.blocks(graph.blocks)
         if not chosen:
             return [QcError(f"start {self.start} leaves none of {graph.blocks} blocks", fix="lower start")]
@@ -117,59 +66,27 @@ class InsertGca(Pass):
         if wrong:
             what = f"there is no block {wrong[0]} to put it behind"
             return [QcError(what, fix=f"the blocks are 0 to {graph.blocks - 1}")]
-        return [error for block in chosen for error in self._unfit(graph, block)]
+        return [error for block in chosen for error in self._wrong_with(graph, block)]
 
-    def _unfit(self, graph: Graph, block: int) -> Iterator[QcError]:
+    def _wrong_with(self, graph: Graph, block: int) -> Iterator[QcError]:
         x = places(graph, self.point).get(block)
         if x is None:
             fix = "set point to block_out" if self.point == "after_attn" else "leave this block out of layers"
             yield QcError(f"block {block} has no residual sum at its {self.point}", fix=fix)
-        elif self.heads is None and heads_of(graph, block) is None:
-            yield QcError(f"the heads of block {block} cannot be seen", fix="give heads")
         else:
-            heads, kv_heads = self._heads(graph, block)
-            width = int(x.meta["val"].shape[-1])
-            if heads % kv_heads:
-                yield QcError(f"{heads} heads cannot share {kv_heads} key/value heads", fix="give heads and kv_heads")
-            if self.head_dim is None and width % heads:
-                yield QcError(f"a width of {width} does not divide into {heads} heads", fix="give head_dim")
-
-    def _heads(self, graph: Graph, block: int) -> tuple[int, int]:
-        own = heads_of(graph, block)
-        if self.heads is not None:
-            return self.heads, self.kv_heads or self.heads
-        assert own is not None
-        return own[0], self.kv_heads or own[1]
+            yield from self._unfit(graph, block, x)
 
     def run(self, graph: Graph) -> Report:
         """Insert it, from the first block to the last, and freeze what is not trained on purpose."""
         raise_all(list(self.check(graph)))
-        for name, info in graph.tensors().items():
-            if info.trainable and info.group is None:
-                graph.set_info(name, trainable=False)
+        freeze_rest(graph)
         found, chosen = places(graph, self.point), self.blocks(graph.blocks)
-        model_width = int(found[chosen[0]].meta["val"].shape[-1])
-        memory = add_memory_inputs(graph, self.width or model_width, self.separate_values)
+        memory = add_memory_inputs(graph, self._memory_width(found[chosen[0]]), self.separate_values)
         known = set(graph.tensors())
         for block in chosen:
             insert_block(graph, found[block], memory, self._form(graph, block, found[block]))
-        new = [name for name in graph.tensors() if name not in known]
-        values = sum(math.prod(graph.shape(name)) for name in new)
-        figures: dict[str, float | int | str] = {"layers": ", ".join(map(str, chosen)), "trainable_values": values}
+        figures: dict[str, float | int | str] = {
+            "layers": ", ".join(map(str, chosen)),
+            "trainable_values": new_values(graph, known),
+        }
         return Report(tuple(node_name(found[block]) for block in chosen), figures)
-
-    def _form(self, graph: Graph, block: int, x: fx.Node) -> Form:
-        heads, kv_heads = self._heads(graph, block)
-        width = int(x.meta["val"].shape[-1])
-        return Form(
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=self.head_dim or width // heads,
-            width=self.width or width,
-            eps=self.eps if self.eps is not None else float(graph.config.get("rms_norm_eps", 1e-6)),
-            gate=self.gate,
-            attention_dropout=self.attention_dropout,
-            output_dropout=self.output_dropout,
-            dtype=torch.float32 if self.dtype == "fp32" else None,
-            seed=self.seed,
-        )

@@ -83,6 +83,9 @@ class Packing(NamedTuple):
     found: Fidelity | None
     """None of a plan, which has no values."""
 
+    scales_below: int
+    """How many scales of a LUT weight are zero or less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeBase(Pass):
@@ -226,16 +229,16 @@ class QuantizeBase(Pass):
         packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
         assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
-        return weight, site, Packing(w, form, packed, found)
+        return weight, site, Packing(w, form, packed, found, form.scales_below(packed) if isinstance(form, Lut) else 0)
 
     def _store(self, graph: Graph, weight: str, site: Site, packing: Packing, figures: Tally) -> None:
-        w, form, packed, found = packing
+        w, form, packed, found, scales_below = packing
         figures.add(weight, w, packed, found)
         stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
         if isinstance(form, Scaled) and form.latent:
             graph.set_info(f"{weight}.latent", trainable=True, group="weights")
         if isinstance(form, Lut):
-            figures.add_scales(form.once_baked(packed), w.numel(), form.scales_below(packed))
+            figures.add_scales(form.once_baked(packed), w.numel(), scales_below)
             if form.theta:
                 derive_levels(graph, stored)
             for suffix, group in self.tables.trained().items():

@@ -112,7 +112,7 @@ def evaluate(
     artifact: Artifact | str | Path, *, data: str | None = None, reference: str | None = None, batches: int = 16
 ) -> dict[str, float]:
     """Perplexity on held-out text; KL divergence and top-1 agreement with ``reference`` (the model it was made of)."""
-    from qc.measuring import evaluate_artifact
+    from qc.evaluating import evaluate_artifact
 
     folder = artifact.folder if isinstance(artifact, Artifact) else find_artifact(str(artifact))
     return evaluate_artifact(folder, reference, data, batches, 8, 128, DEFAULT)

@@ -11,7 +11,8 @@ from graph.artifact import Artifact, load
 from graph.errors import QcError
 from qc.compiling import stage_name, step_name
 from qc.console import table
-from qc.measuring import held_out_batches, text_of
+from qc.evaluating import text_of
+from qc.measuring import held_out_batches
 from qc.runs import Run
 from qc.training import start_of
 from recipes.schema import Recipe, Stage

@@ -67,7 +67,8 @@ def export(
         typer.Option(
             "--target",
             "-t",
-            help="safetensors, ane, onnx, gguf, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int4, int8, nf4.",
+            help="safetensors, ane, onnx, gguf, bitnet, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int2, "
+            "int4, int8, nf4.",
         ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,

@@ -243,7 +243,7 @@ def evaluate_command(
 ) -> None:
     """``qc eval``."""
     with explained(as_json):
-        from qc.measuring import evaluate_artifact
+        from qc.evaluating import evaluate_artifact
 
         found = evaluate_artifact(find_artifact(given, runs), reference, data, batches, batch, length, runs)
         rows = [[k, f"{v:.4f}" if v % 1 else f"{v:.0f}"] for k, v in found.items()]

@@ -9,7 +9,8 @@ from typing import Any
 
 from graph.artifact import load
 from qc.console import table
-from qc.measuring import held_out_batches, text_of
+from qc.evaluating import text_of
+from qc.measuring import held_out_batches
 from qc.training import start_of
 from runtimes.settings import Data, Evaluate
 

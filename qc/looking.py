@@ -13,7 +13,7 @@ def assess_command(given: str | None, data: str | None, options: dict[str, Any],
     """``qc assess``."""
     with explained(as_json):
         from qc.assessing import asked, assess_artifact
-        from qc.measuring import source_of
+        from qc.evaluating import source_of
 
         source = None if data is None else source_of(data)
         found = assess_artifact(find_artifact(given, runs), source, asked(options), runs)
@@ -25,8 +25,8 @@ def quality_command(
 ) -> None:
     """``qc quality``."""
     with explained(as_json):
+        from qc.evaluating import source_of
         from qc.judging import judge_artifact
-        from qc.measuring import source_of
 
         source = None if data is None else source_of(data)
         found = judge_artifact(find_artifact(given, runs), source, batches, batch, length, runs)

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from recipes.metrics import COLUMNS
 from recipes.schema import Recipe, Stage
 from recipes.settings import Gate
 from runtimes.data.corpus import Corpus, Split
-from runtimes.settings import Data, Evaluate, PythonStdlib, Retrieval, TextFiles
+from runtimes.settings import Data, Embedding, Evaluate, Pooling, Retrieval
 
 if TYPE_CHECKING:
     from runtimes.retrieval import Questions
@@ -37,10 +37,10 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: Stage, what: str, artifact: 
     assert stage.evaluate is not None
     name = step_name(stage, what)
     known = next((m for m in run.measured() if m["step"] == name), {})
-    if "perplexity" in known:
+    if {"perplexity", "embedding/cosine"} & known.keys():
         return {k: v for k, v in known.items() if isinstance(v, float)}
     loaded = load(artifact, check_hashes=False)
-    compare = bool({"kl", "top1"} & set(stage.evaluate.metrics))
+    compare = bool({"kl", "top1", "embedding"} & set(stage.evaluate.metrics))
     reference = _reference(run, recipe, stage, loaded.graph.dtype) if compare else None
     found = measure(
         loaded.graph.materialize(), reference, loaded.load_tokenizer(), recipe, stage.evaluate, run,
@@ -79,18 +79,27 @@ def measure(
     memory_tokenizer: Any = None,
 ) -> dict[str, float]:
     """Perplexity, agreement with ``reference`` where there is one, and what is looked up, on held-out data."""
+    from runtimes.embeddings import compare
     from runtimes.evaluate import evaluate
     from runtimes.retrieval.recall import recall
 
     batches = held_out_batches(
         recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens", memory_tokenizer
     )
+    if "embedding" in wanted.metrics:
+        return {} if reference is None else compare(graph, reference, batches, _pooling(recipe))
     compared: list[Any] = [m for m in wanted.metrics if m in ("kl", "top1") and reference is not None]
     found = dict(evaluate(graph, batches, reference=reference, metrics=["perplexity", *compared]))
     if "retrieval" in wanted.metrics:
-        asked = _questions(data_of(recipe, wanted), wanted, tokenizer, memory_tokenizer)
+        asked = questions_on(data_of(recipe, wanted), wanted, tokenizer, memory_tokenizer)
         found |= recall(graph, asked, batches=wanted.batches, batch=wanted.batch, greedy=wanted.greedy)
     return found
+
+
+def _pooling(recipe: Recipe) -> Pooling:
+    """How the recipe pools where it trains on it; else by the mean."""
+    objectives = (stage.train.objective for stage in recipe.plan() if stage.train is not None)
+    return next((one.pooling for one in objectives if isinstance(one, Embedding)), "mean")
 
 
 def data_of(recipe: Recipe, wanted: Evaluate) -> Data:
@@ -108,7 +117,8 @@ def data_of(recipe: Recipe, wanted: Evaluate) -> Data:
     return data
 
 
-def _questions(data: Data, wanted: Evaluate, tokenizer: Any, memory_tokenizer: Any) -> Questions:
+def questions_on(data: Data, wanted: Evaluate, tokenizer: Any, memory_tokenizer: Any) -> Questions:
+    """The held-out questions of an evaluation; without a tokenizer of its own, chunks are read with the other one."""
     from runtimes.retrieval import Questions
 
     assert isinstance(data, Retrieval), "a recipe that asks for retrieval has questions"
@@ -123,14 +133,17 @@ def held_out_batches(
     trained = next((s.train for s in recipe.plan() if s.train is not None), None)
     data = data_of(recipe, wanted)
     if isinstance(data, Retrieval):
-        asked = _questions(data, wanted, tokenizer, memory_tokenizer)
+        asked = questions_on(data, wanted, tokenizer, memory_tokenizer)
         yield from (asked.batch(range(at * wanted.batch, (at + 1) * wanted.batch)) for at in range(wanted.batches))
         return
     split: Split = "all" if trained is not None and wanted.data is None and trained.eval_data is not None else "heldout"
     tokens = wanted.batches * wanted.batch * wanted.length
     tokens = min(tokens, wanted.tokens) if wanted.tokens else tokens
     corpus = _corpus(data, recipe.file.parent)
-    rows = corpus.rows(split, tokenizer=tokenizer, length=wanted.length, cache=cache, seed=0, enough=tokens)
+    packing = "embedding" not in wanted.metrics  # whose rows are texts
+    rows = corpus.rows(
+        split, tokenizer=tokenizer, length=wanted.length, cache=cache, packing=packing, seed=0, enough=tokens
+    )
     for start in range(0, min(len(rows), tokens // wanted.length), wanted.batch):
         yield rows.batch(list(range(start, min(start + wanted.batch, len(rows), tokens // wanted.length))))
 
@@ -236,46 +249,3 @@ def _series(gate: Gate, series: Path) -> list[float]:
         return []
     with open(series, newline="") as file:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
-
-
-def evaluate_artifact(
-    folder: Path, reference: str | None, data: str | None, batches: int, batch: int, length: int, runs: Path
-) -> dict[str, float]:
-    """``qc eval``: an artifact against a reference, a model folder or artifact; without one, the model it came from."""
-    from graph import capture
-    from runtimes.evaluate import evaluate
-
-    loaded = load(folder)
-    given = None if data is None else source_of(data)
-    recipe, wanted = text_of(folder, loaded, Evaluate(data=given, batches=batches, batch=batch, length=length))
-    against = reference or str(loaded.manifest["model"])
-    if (Path(against) / "manifest.json").is_file():
-        other = load(Path(against)).graph.materialize()
-    else:
-        other = capture(against, dtype=loaded.graph.dtype).materialize()
-    read = (loaded.load_tokenizer(), runs / ".cache" / "tokens", loaded.load_memory_tokenizer())
-    tokens = held_out_batches(recipe, wanted, *read)
-    found = evaluate(loaded.graph.materialize(), tokens, reference=other, metrics=["perplexity", "kl", "top1"])
-    return dict(found) | {
-        "bits_per_weight": bits_per_weight(loaded, str(loaded.manifest["model"])),
-        "bytes": float(folder_bytes(folder)),
-    }
-
-
-def text_of(folder: Path, loaded: Artifact, wanted: Evaluate) -> tuple[Recipe, Evaluate]:
-    """The recipe whose text an artifact is measured on, and what to measure on: the given data, or the recipe's."""
-    from recipes.load import load as load_recipe
-
-    near = next((p for p in folder.resolve().parents if (p / "run.json").is_file()), None)
-    recipe = Run(near).recipe() if near is not None else load_recipe("fp16", [f"model={loaded.manifest['model']}"])
-    if wanted.data is not None:
-        return recipe, wanted
-    if near is None or not any(s.train or s.evaluate for s in recipe.plan()):
-        return recipe, replace(wanted, data=PythonStdlib())
-    said = next((s.evaluate for s in reversed(recipe.plan()) if s.evaluate and s.evaluate.data), None)
-    return recipe, replace(wanted, data=said.data if said else None)
-
-
-def source_of(text: str) -> Data:
-    """What ``--data`` says."""
-    return PythonStdlib() if text == "python-stdlib" else TextFiles(text=text)

@@ -55,7 +55,7 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
 
 def _measure_start(run: Run, recipe: Recipe, wanted: Evaluate, tell: Tell) -> None:
     """The figures of the model as it came."""
-    if any("perplexity" in m for m in run.measured() if m["step"] == "start"):
+    if any(m["step"] == "start" for m in run.measured()):
         return
     import torch
 
@@ -76,7 +76,8 @@ def _measure_start(run: Run, recipe: Recipe, wanted: Evaluate, tell: Tell) -> No
         seconds=seconds,
         folder=str(folder),
     )
-    tell(f"start: perplexity {found['perplexity']:.4g}")
+    if "perplexity" in found:
+        tell(f"start: perplexity {found['perplexity']:.4g}")
 
 
 def summary(run: Run) -> str:

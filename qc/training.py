@@ -33,7 +33,7 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
     compiled = load(folder / "compiled")
     start = time.perf_counter()
     graph = compiled.graph.materialize()
-    taught = stage.train.objective.name == "kd" or stage.train.layerwise is not None
+    taught = stage.train.objective.name in ("kd", "embedding") or stage.train.layerwise is not None
     if taught and recipe.models:
         what = f"{stage.train.objective.name} needs one model as the teacher, and the recipe has several"
         raise QcError(what, line=str(recipe.file), fix="set objective to causal-lm, and take layerwise out")

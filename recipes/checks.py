@@ -14,7 +14,7 @@ from recipes.settings import EXPORT_OPTIONS, Gate
 from recipes.words import said
 from runtimes.export import default_dtype, homes_of, options_of
 from runtimes.export import targets as export_targets
-from runtimes.settings import Evaluate, Group, KdCache, Train
+from runtimes.settings import Embedding, Evaluate, Group, KdCache, Train
 
 COMPARED = ("<", "<=", ">", ">=", "==")
 
@@ -32,6 +32,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
         mistakes.add(node.map["auto_snap"].key, what, "lower every, patience or start")
     if train.layerwise is not None:
         _check_layerwise(train, node, mistakes)
+    if isinstance(train.objective, Embedding) and train.packing:
+        what = "train packs several texts into a row, of which embedding makes one vector"
+        mistakes.add(node.map["objective"].place, what, "add packing: false")
     if train.when is not None and train.least_increase() is None:
         what = f"train.when cannot be {train.when!r}"
         mistakes.add(node.map["when"].place, what, "write when: perplexity_increase > 5 %")

@@ -28,7 +28,9 @@ SOURCES: dict[str, type[Any]] = {
 }
 """The key that tells a source of data from the others; the first of them that is there decides."""
 
-OBJECTIVES: dict[str, type[Any]] = {"causal-lm": settings.CausalLm, "kd": settings.Kd, "kd-cache": settings.KdCache}
+OBJECTIVES: dict[str, type[Any]] = {
+    "causal-lm": settings.CausalLm, "kd": settings.Kd, "kd-cache": settings.KdCache, "embedding": settings.Embedding,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ _twin(
     vocabulary=Count | None,
     forms=tuple[Text, ...],
     **dict.fromkeys(("chunks", "asks", "first_chunks", "entries", "key", "value", "chunk_length"), Count),
-    **dict.fromkeys(("curriculum", "filler"), Natural),
+    **dict.fromkeys(("first_questions", "curriculum", "filler"), Natural),
 )
 _twin(settings.CausalLm)
 _twin(settings.Kd, temperature=Positive, alpha=Ratio)
@@ -97,6 +99,7 @@ _twin(
     temperature=Positive,
     **dict.fromkeys(("hard_top1", "hard_full", "hard_text", "anneal"), NotNegative),
 )
+_twin(settings.Embedding, states=NotNegative, relations=NotNegative)
 _GROUP = _twin(
     settings.Group,
     select=TensorSelector | None,
@@ -124,6 +127,7 @@ _LAYERWISE = _twin(
     **dict.fromkeys(("local", "kd"), NotNegative),
 )
 _GROKFAST = _twin(settings.Grokfast, decay=Below1, strength=NotNegative)
+_ROUTING = _twin(settings.Routing, sparsity=NotNegative, balance=NotNegative)
 _DIVERGENCE = _twin(settings.Divergence, ratio=Annotated[float, Field(gt=1)], window=Count)
 _twin(
     settings.Train,
@@ -137,6 +141,7 @@ _twin(
     auto_snap=_AUTO_SNAP | None,
     layerwise=_LAYERWISE | None,
     grokfast=_GROKFAST | None,
+    routing=_ROUTING | None,
     divergence=_DIVERGENCE | None,
     when=Text | None,
     seed=Seed | None,

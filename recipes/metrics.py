@@ -23,6 +23,8 @@ MetricName: TypeAlias = Literal[
     "exact_match/no_memory",
     "exact_match/shuffled",
     "memory_contribution",
+    "embedding/cosine",
+    "embedding/spearman",
     "bits_per_weight",
     "bytes",
     "lora/survived",
@@ -50,6 +52,7 @@ EVALUATED: dict[str, str] = {
     "kl": "kl",
     "top1": "top1",
     **dict.fromkeys(RETRIEVED, "retrieval"),
+    **dict.fromkeys(("embedding/cosine", "embedding/spearman"), "embedding"),
 }
 """Metrics of an evaluation, and the name under which ``evaluate.metrics`` asks for each.
 

@@ -38,11 +38,24 @@ class Export:
     """Something to write for another runtime."""
 
     target: Literal[
-        "safetensors", "ane", "onnx", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4", "gguf", "ternary"
+        "safetensors",
+        "ane",
+        "onnx",
+        "fp8",
+        "nvfp4",
+        "mxfp8",
+        "mxfp4",
+        "int2",
+        "int4",
+        "int8",
+        "nf4",
+        "gguf",
+        "bitnet",
+        "ternary",
     ]
     """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, a model for ONNX
-    Runtime, packed weights for GPU servers, ternary weights in a GGUF file, or ternary weights packed and as floats
-    for transformers."""
+    Runtime, packed weights for GPU servers, ternary weights in a GGUF file or in BitNet's packing, or packed and as
+    floats for transformers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""

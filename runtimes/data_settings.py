@@ -92,10 +92,13 @@ class Retrieval:
     """Questions about the same chunks; they stand in one row, and none sees another."""
 
     first_chunks: int = 1
-    """Chunks beside the first question of a training; matters with ``curriculum``."""
+    """Chunks beside the first question of a training; matters with ``first_questions`` or ``curriculum``."""
+
+    first_questions: int = 0
+    """Questions that have ``first_chunks``, before the number rises."""
 
     curriculum: int = 0
-    """Questions over which the chunks rise from ``first_chunks`` to ``chunks``."""
+    """Questions behind those over which the chunks rise from ``first_chunks`` to ``chunks``; 0 has all at once."""
 
     entries: int = 3
     """Keys of a table, or functions, in a chunk."""

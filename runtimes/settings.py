@@ -24,9 +24,13 @@ from runtimes.training_settings import Backtrack as Backtrack
 from runtimes.training_settings import Divergence as Divergence
 from runtimes.training_settings import Grokfast as Grokfast
 from runtimes.training_settings import Layerwise as Layerwise
+from runtimes.training_settings import Routing as Routing
 
 if TYPE_CHECKING:
     from graph.select import Selector
+
+
+Pooling: TypeAlias = Literal["mean", "cls", "max"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,24 @@ class KdCache:
         return round(self.anneal * steps) if self.anneal < 1 else int(self.anneal)
 
 
-Objective: TypeAlias = CausalLm | Kd | KdCache
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What an encoder makes of a text, as the graph before the passes does; each row is a text."""
+
+    name: Literal["embedding"] = "embedding"
+    """The objective."""
+
+    pooling: Pooling = "mean"
+    """What makes one vector of the states of a text: their mean, the first, or the largest of each feature."""
+
+    states: float = 1.0
+    """Weight of the states themselves, beside the vector that is made of them."""
+
+    relations: float = 1.0
+    """Weight of how alike the texts of a batch are found."""
+
+
+Objective: TypeAlias = CausalLm | Kd | KdCache | Embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +203,9 @@ class Train:
     grokfast: Grokfast | None = None
     """Amplify what stays the same in the gradients."""
 
+    routing: Routing | None = None
+    """Train what staged cross-attention looks at."""
+
     divergence: Divergence | None = None
     """End early, with the best checkpoint, where the loss runs away."""
 
@@ -270,9 +294,10 @@ class Evaluate:
     data: Data | None = None
     """What is evaluated on; without it, what training evaluates on."""
 
-    metrics: tuple[Literal["perplexity", "kl", "top1", "retrieval"], ...] = ("perplexity",)
+    metrics: tuple[Literal["perplexity", "kl", "top1", "retrieval", "embedding"], ...] = ("perplexity",)
     """perplexity; kl and top1 compare with the graph before the passes; retrieval asks the questions of the data, with
-    the memory, without it and with another one."""
+    the memory, without it and with another one; embedding compares what an encoder makes of texts, and how alike it
+    finds them, with the graph before the passes."""
 
     batches: int = 16
     """Batches, if the data lasts."""

@@ -78,6 +78,17 @@ class Grokfast:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Two terms beside the loss, on the weights that staged cross-attention gives to documents."""
+
+    sparsity: float = 0.01
+    """Weight of the mean entropy of a position's weights, which falls as each looks at few documents."""
+
+    balance: float = 0.01
+    """Weight of minus the entropy of the mean weights, which falls as all documents are looked at by some."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Divergence:
     """Ends a training that runs away, and goes back to its best checkpoint."""
 

@@ -15,6 +15,7 @@ squares, and ``scale * share of values that are not 0`` as its absmean.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -22,13 +23,16 @@ import torch
 from torch import Tensor
 
 from graph.formats.format import has_data
-from graph.formats.lut_scales import row_parts
+from graph.formats.memory import scratch
 
 Rule = Literal["dead-zone", "round-clip"]
 Fit = Literal["absmean", "least-squares"]
 
 SMALLEST = 1e-8
 """What a scale is at least: that of a row of zeros."""
+
+AT_ONCE = 1 << 18
+"""Weights that are worked on at a time: what is made of them stays in a processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,58 @@ class TernaryRule:
         """The shape of the scales of a weight of this shape."""
         return (1, 1) if self.group is None else (shape[0], shape[1] // self.group)
 
-    def fitted(self, w: Tensor, moments: Tensor | None = None) -> Grid:
-        """Thresholds and scales of a weight.
+    def fitted(self, w: Tensor, moments: Tensor | None = None, out: Tensor | None = None) -> Grid:
+        """Thresholds and scales of a weight; the weight that it becomes is written to ``out`` on the way.
 
-        w: [out, in], float    moments: [in], or None
+        w: [out, in], float    moments: [in], or None    out: f32 [out, in], or None
         """
         shape = self.scale_shape(tuple(w.shape))
+        grid = Grid(*(w.new_empty(shape, dtype=torch.float32) for _ in range(2)))
         if not has_data(w):
-            return Grid(*(w.new_empty(shape, dtype=torch.float32) for _ in range(2)))
-        sums = torch.zeros((w.shape[0], shape[1]), dtype=torch.float64, device=w.device)
-        for part in row_parts(*w.shape):
-            sums[part] = sum_by_group(w[part].float().abs(), (1, shape[1]), per_row=True)
-        mean = _over_all(sums, shape) / (w.numel() / (shape[0] * shape[1]))
-        mean = mean.float().clamp(min=SMALLEST)
+            return grid
+        weight = None if moments is None else moments.to(w.device, torch.float64)
+        if self.group is None:
+            grid = self._of_all(w, weight)
+            if out is not None:
+                grid.dense(w, out)
+            return grid
+        for part in _parts(w):
+            here = self._of_rows(w[part], weight, None if out is None else out[part])
+            grid.threshold[part], grid.scale[part] = here.threshold, here.scale
+        return grid
+
+    def _of_rows(self, w: Tensor, weight: Tensor | None, out: Tensor | None) -> Grid:
+        """The grid of some rows that share no scale with others: a weight is read from memory once."""
+        groups, columns = self.scale_shape(tuple(w.shape))[1], w.shape[1]
+        magnitude = _magnitude(w)
+        if self.fit == "absmean":
+            mean = (_row_sums(magnitude, groups) / (columns / groups)).float().clamp(min=SMALLEST)
+        else:  # it is no scale, and a threshold may be a rounding off
+            mean = magnitude.view(w.shape[0], groups, -1).mean(-1).clamp(min=SMALLEST)
         grid = Grid(self._threshold(mean), mean)
-        return grid if self.fit == "absmean" else replace(grid, scale=_least_squares(w, grid, moments))
+        if self.fit == "absmean" and out is None:
+            return grid
+        ones = grid._ones(magnitude, _room("ones", w))
+        if self.fit == "least-squares":
+            grid = replace(grid, scale=_quotient(*_least_squares(magnitude, ones, groups, weight), mean))
+        if out is not None:
+            torch.copysign(ones, w.float(), out=out)
+            out.view(w.shape[0], groups, -1).mul_(grid.scale[:, :, None])
+        return grid
+
+    def _of_all(self, w: Tensor, weight: Tensor | None) -> Grid:
+        """The one threshold and scale of a whole weight."""
+        total = sum(_row_sums(_magnitude(w[part]), 1).sum() for part in _parts(w))
+        mean = (torch.as_tensor(total, device=w.device) / w.numel()).float().clamp(min=SMALLEST).view(1, 1)
+        grid = Grid(self._threshold(mean), mean)
+        if self.fit == "absmean":
+            return grid
+        sums = torch.zeros(2, dtype=torch.float64, device=w.device)
+        for part in _parts(w):
+            magnitude = _magnitude(w[part])
+            ones = grid._ones(magnitude, _room("ones", w[part]))
+            sums += torch.stack([one.sum() for one in _least_squares(magnitude, ones, 1, weight)])
+        return replace(grid, scale=_quotient(sums[0].view(1, 1), sums[1].view(1, 1), mean))
 
     def _threshold(self, mean: Tensor) -> Tensor:
         """What a magnitude has to reach to become 1; round-clip's half is 0 yet, as it rounds to the even number."""
@@ -100,60 +141,79 @@ class Grid:
     def dense(self, w: Tensor, out: Tensor | None = None) -> Tensor:
         """The weight that w [out, in] becomes, f32, written to ``out`` if that is given."""
         dense = w.new_empty(w.shape, dtype=torch.float32) if out is None else out
-        for part in row_parts(*w.shape) if has_data(w) else ():
+        for part in _parts(w):
             here = self.rows(part)
-            blocks = here._integers(w[part], dense[part])
-            blocks.mul_(here.scale[:, :, None])
+            integers = here._integers(w[part], dense[part])
+            integers.mul_(here.scale[:, :, None])
         return dense
 
     def codes(self, w: Tensor) -> Tensor:
         """``q + 1`` of each value, u8 [out, in]."""
         codes = w.new_empty(w.shape, dtype=torch.uint8)
-        for part in row_parts(*w.shape) if has_data(w) else ():
-            integers = torch.empty(w[part].shape, dtype=torch.float32, device=w.device)
-            self.rows(part)._integers(w[part], integers)
-            codes[part] = integers.add_(1)
+        for part in _parts(w):
+            codes[part] = self.rows(part)._integers(w[part]).add_(1).view(w[part].shape)
         return codes
 
     def scale_gradient(self, w: Tensor, grad: Tensor) -> Tensor:
         """``sum(grad * q)`` over the weights that share a scale, in its shape."""
         found = torch.zeros((w.shape[0], self.scale.shape[1]), dtype=torch.float32, device=w.device)
-        for part in row_parts(*w.shape) if has_data(w) else ():
-            integers = torch.empty(w[part].shape, dtype=torch.float32, device=w.device)
-            self.rows(part)._integers(w[part], integers)
-            found[part] = sum_by_group(integers.mul_(grad[part]), (1, found.shape[1]), per_row=True)
-        return _over_all(found, tuple(self.scale.shape))
+        for part in _parts(w):
+            integers = self.rows(part)._integers(w[part]).view(w[part].shape)
+            found[part] = _row_sums(integers.mul_(grad[part]), found.shape[1])
+        return found if self.scale.shape == found.shape else found.sum().view(1, 1)
 
-    def _integers(self, w: Tensor, out: Tensor) -> Tensor:
-        """-1, 0 or 1 of every value of these rows, written to ``out``; a view of that, [rows, groups, columns]."""
-        blocks = w.float().view(w.shape[0], self.scale.shape[1], -1)
-        there = out.view(blocks.shape)
-        torch.sign(blocks, out=there)
-        return there.mul_(blocks.abs() >= self.threshold[:, :, None])
+    def _integers(self, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """-1, 0 or 1 of every value of these rows, f32 [rows, groups, columns], written to ``out`` if that is given."""
+        values = w.float()
+        ones = torch.abs(values) if out is None else torch.abs(values, out=out)
+        self._ones(ones, ones)
+        return torch.copysign(ones, values, out=ones).view(w.shape[0], self.scale.shape[1], -1)
+
+    def _ones(self, magnitude: Tensor, out: Tensor) -> Tensor:
+        """1 where a magnitude [rows, in] reaches its threshold, else 0, written to ``out``.
+
+        As floats: a mask costs several times that.
+        """
+        shape = (*magnitude.shape[:1], self.scale.shape[1], -1)
+        torch.ge(magnitude.view(shape), self.threshold[:, :, None], out=out.view(shape))
+        return out
 
 
-def _least_squares(w: Tensor, grid: Grid, moments: Tensor | None) -> Tensor:
+def _parts(w: Tensor) -> Iterator[slice]:
+    """Slices of all rows, as many at a time as are worked on; none of a stand-in."""
+    if not has_data(w):
+        return iter(())
+    rows, step = w.shape[0], max(1, AT_ONCE // max(1, w.shape[1]))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _magnitude(w: Tensor) -> Tensor:
+    """``|w|``, f32, until the next is asked for."""
+    return torch.abs(w.float(), out=_room("magnitude", w))
+
+
+def _room(name: str, w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for what is made of some rows, which is kept: fresh pages cost more than the sums."""
+    return scratch(f"ternary {name}", tuple(w.shape), dtype, w.device)
+
+
+def _least_squares(magnitude: Tensor, ones: Tensor, groups: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``sum(w q)`` and ``sum(q^2)`` by row and group, in fp64; ``magnitude`` is overwritten."""
+    if weight is None:
+        below = ones.view(ones.shape[0], groups, -1).sum(-1)  # of whole numbers: exact as it is
+        kept = torch.mul(magnitude, ones, out=_room("double", ones, torch.float64))
+        return _row_sums(kept, groups), below.double()
+    counted = ones * weight
+    below = _row_sums(counted, groups)
+    return _row_sums(counted.mul_(magnitude), groups), below
+
+
+def _quotient(above: Tensor, below: Tensor, mean: Tensor) -> Tensor:
     """The scale of least squared error; where nothing counts, the mean magnitude."""
-    groups, shape = grid.scale.shape[1], tuple(grid.scale.shape)
-    above = torch.zeros((w.shape[0], groups), dtype=torch.float64, device=w.device)
-    below = torch.zeros_like(above)
-    weight = None if moments is None else moments.to(w.device, torch.float64)
-    for part in row_parts(*w.shape):
-        magnitude = w[part].float().abs()
-        kept = magnitude.view(magnitude.shape[0], groups, -1) >= grid.rows(part).threshold[:, :, None]
-        counted = kept.view(magnitude.shape).double() if weight is None else kept.view(magnitude.shape) * weight
-        below[part] = sum_by_group(counted, (1, groups), per_row=True)
-        above[part] = sum_by_group(counted.mul_(magnitude), (1, groups), per_row=True)
-    above, below = _over_all(above, shape), _over_all(below, shape)
-    return torch.where(below > 0, above / below, grid.scale.double()).float().clamp(min=SMALLEST)
+    return torch.where(below > 0, above / below, mean.double()).float().clamp(min=SMALLEST)
 
 
-def sum_by_group(values: Tensor, shape: tuple[int, ...], *, per_row: bool = False) -> Tensor:
-    """Sums in fp64 over the weights [out, in] that share one of the scales of this shape, or per row of them too."""
-    sums = values.view(values.shape[0], shape[1], -1).sum(-1, dtype=torch.float64)
-    return sums if per_row else _over_all(sums, shape)
-
-
-def _over_all(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sums by row and group, as those of one scale for the whole tensor where the shape says so."""
-    return sums.sum().view(1, 1) if tuple(shape) == (1, 1) and sums.shape[0] > 1 else sums
+def _row_sums(values: Tensor, groups: int) -> Tensor:
+    """Sums of every row by group, in fp64: [rows, in]  ->  [rows, groups]."""
+    double = values if values.dtype == torch.float64 else _room("double", values, torch.float64).copy_(values)
+    return double.view(values.shape[0], groups, -1).sum(-1)

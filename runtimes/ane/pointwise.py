@@ -88,7 +88,7 @@ def arithmetic(low: Lowering, node: fx.Node) -> Result:
     if not _is_value(low, a) or not _is_value(low, b):
         return _with_constant(low, node, kind, a, b)
     left, right = low.value(a), low.value(b)
-    if left.features == right.features and tuple(left.var.shape) == tuple(right.var.shape):
+    if left.features == right.features and tuple(left.var.shape)[:-1] == tuple(right.var.shape)[:-1]:  # or one for all
         return Value(low.emit.op(kind, x=left.var, y=right.var), left.features)
     if left.features == right.features and len(left.features) > 1:
         return Value(low.emit.op(kind, x=low.heads(left), y=low.heads(right)), left.features)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from graph.errors import QcError
 from runtimes.data.batches import Rows
 from runtimes.data.sources import Document, documents, held_out
-from runtimes.data.tokens import tokenized
+from runtimes.data.tokens import end_of, tokenized
 from runtimes.settings import Data
 
 Split = Literal["train", "heldout", "all"]
@@ -61,7 +61,7 @@ class Corpus:
             )
         chosen = _sample(found, enough * _CHARACTERS_A_TOKEN, seed) if enough else found
         tokens = tokenized(self._documents(chosen), chosen, tokenizer, cache)
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_of(tokenizer)
         rows = Rows(tokens, length=length, packing=packing, seed=seed, padding=int(padding))
         if len(rows) == 0:
             raise QcError(

@@ -49,7 +49,7 @@ def tokenized(documents: Iterable[Document], digests: Iterable[bytes], tokenizer
         raise QcError(
             "there is no tokenizer to read text with", fix="put tokenizer.json beside the model's config.json"
         )
-    if tokenizer.eos_token_id is None:
+    if end_of(tokenizer) is None:
         raise QcError(
             "the tokenizer has no end-of-sequence token, so the model cannot learn to stop",
             fix="set eos_token in tokenizer_config.json",
@@ -73,7 +73,7 @@ def _key(tokenizer: Any, digests: Iterable[bytes]) -> str:
         type(tokenizer).__name__,
         model,
         getattr(tokenizer, "chat_template", None),
-        tokenizer.eos_token_id,
+        end_of(tokenizer),
         _opening(tokenizer),
     ]
     whole = hashlib.sha256(json.dumps(settings).encode())
@@ -138,7 +138,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[li
                 new = next(encoded)
                 ids += new
                 trained += [learned] * len(new)
-            _close(ids, trained, tokenizer.eos_token_id, chat=document.messages is not None)
+            _close(ids, trained, end_of(tokenizer), chat=document.messages is not None)
             yield ids, trained, not plain
 
 
@@ -163,6 +163,11 @@ def _ends_later(ids: list[int], trained: list[bool], at: int, eos: int) -> bool:
             return True
         at -= 1
     return False
+
+
+def end_of(tokenizer: Any) -> Any:
+    """The token that ends a text: of encoders, which have no end of a sequence, the separator."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
 
 
 def _opening(tokenizer: Any) -> list[int]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from graph import Graph, QcError
+from graph import Graph, QcError, Site
 from graph.memory import memory_weights
 from runtimes.data.batches import IGNORED
 from runtimes.retrieval.questions import AskedBatch, Questions
@@ -44,17 +44,24 @@ def _probe(graph: Graph) -> Graph:
         )
     probe = graph.copy()
     cores = [probe.site(site.name) for site in sites]
-    probe.set_outputs([core.input(at) for core in cores for at in (0, 1, 3)])
+    probe.set_outputs([node for core in cores for node in _reads(core)])
     probe.verify()
     return probe
+
+
+def _reads(core: Site) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
+    """Its queries, keys and mask, and what it knows beforehand of the tokens; the mask again where that is nothing."""
+    prior = core.node.kwargs.get("prior")
+    return core.input(0), core.input(1), core.input(3), prior if isinstance(prior, fx.Node) else core.input(3)
 
 
 def _weights(probe: Graph, batch: AskedBatch) -> Iterator[Tensor]:
     """Of each block in turn, fp32 [B, heads, T, M]."""
     with torch.inference_mode():
         outputs = probe(**{name: value.to(probe.device) for name, value in batch.inputs().items()})
-        for at in range(0, len(outputs), 3):
-            yield memory_weights(*outputs[at : at + 3]).cpu()
+        for at in range(0, len(outputs), 4):
+            q, k, seen, prior = outputs[at : at + 4]
+            yield memory_weights(q, k, seen, None if prior.dtype == torch.bool else prior).cpu()
 
 
 def _figures(weights: Tensor, batch: AskedBatch) -> Tensor:

@@ -72,26 +72,27 @@ class Questions:
     def chunks(self, number: int) -> int:
         """The chunks of example ``number``; those held out have all of them."""
         data = self.data
-        if self.split == "heldout" or number >= data.curriculum:
+        risen = number - data.first_questions
+        if self.split == "heldout" or risen >= data.curriculum:
             return data.chunks
         first = min(data.first_chunks, data.chunks)
-        return first + number * (data.chunks - first) // data.curriculum
+        return first if risen < 0 else first + risen * (data.chunks - first) // data.curriculum
 
     def shuffled(self, first: int, count: int) -> AskedBatch:
         """``count`` examples from number ``first`` on; they come shuffled."""
         return self.batch(range(first, first + count))
 
     def batch(self, rows: Sequence[int]) -> AskedBatch:
-        """The examples of these numbers, all as long as the longest of them, rounded up to 8."""
+        """The examples of these numbers, all as long as the longest of them."""
         examples = tuple(self.example(number) for number in rows)
         pieces = self._pieces(examples)
-        longest = max(sum(len(prompt) + len(answer) for prompt, answer in row) for row in pieces)
+        longest = max(sum(len(prompt) + len(answer) - 1 for prompt, answer in row) for row in pieces)
         _needs(
             longest <= self.length,
             f"what is asked of some chunks has {longest} tokens with its answers, and a row {self.length}",
             f"raise length to {longest} at least, or lower asks",
         )
-        ids, mask, labels = _rows(pieces, _even(longest), _padding(self.tokenizer))
+        ids, mask, labels = _rows(pieces, longest, _padding(self.tokenizer))
         memory_ids, memory_mask = self._memory(examples)
         return AskedBatch(ids, mask, labels, memory_ids, memory_mask, examples=examples)
 
@@ -117,7 +118,7 @@ class Questions:
             "raise chunk_length, or ask for fewer entries and sentences in a chunk",
         )
         most = max(len(one.chunks) for one in examples)
-        ids = np.full((len(examples), most, _even(longest)), _padding(self.memory_tokenizer), np.int64)
+        ids = np.full((len(examples), most, longest), _padding(self.memory_tokenizer), np.int64)
         mask = np.zeros_like(ids)
         left = iter(encoded)
         for r, example in enumerate(examples):
@@ -139,21 +140,20 @@ class Questions:
 
 
 def _rows(pieces: Sequence[Sequence[tuple[list[int], list[int]]]], width: int, padding: int) -> tuple[Tensor, ...]:
-    """Ids, mask and labels of prompts with their answers; only answers, and the ends behind them, are labels."""
+    """Ids, mask and labels of prompts with their answers; only answers, and the ends behind them, are labels.
+
+    Nothing follows an end, so it is a label and never read: of answers of one token a third of all that would be.
+    """
     ids = np.full((len(pieces), width), padding, np.int64)
     mask, labels = np.zeros_like(ids), np.full_like(ids, IGNORED)
     for r, row in enumerate(pieces):
         begin = 0
         for number, (prompt, answer) in enumerate(row, 1):
-            end = begin + len(prompt) + len(answer)
-            ids[r, begin:end], mask[r, begin:end] = [*prompt, *answer], number
-            labels[r, begin + len(prompt) - 1 : end - 1] = answer
+            end = begin + len(prompt) + len(answer) - 1
+            ids[r, begin:end], mask[r, begin:end] = [*prompt, *answer[:-1]], number
+            labels[r, begin + len(prompt) - 1 : end] = answer
             begin = end
     return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
-
-
-def _even(length: int) -> int:
-    return -(-length // 8) * 8
 
 
 def _padding(tokenizer: Any) -> int:

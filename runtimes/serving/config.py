@@ -11,14 +11,15 @@ import torch
 
 from graph import Graph, QcError
 from graph.dense import model_config
-from graph.formats import FourBit, Scaled
+from graph.formats import FourBit, Scaled, Ternary
 from graph.tracing import on_meta
+from runtimes.serving import ternary
 from runtimes.serving.plan import Plan, form_of
 from runtimes.serving.settings import Serving
 
 LAYOUTS = {
     "fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp8": "mxfp8-quantized",
-    "mxfp4": "mxfp4-pack-quantized", "int4": "pack-quantized", "int8": "int-quantized",
+    "mxfp4": "mxfp4-pack-quantized", "int2": "pack-quantized", "int4": "pack-quantized", "int8": "int-quantized",
 }  # fmt: skip
 """What compressed-tensors calls each layout."""
 
@@ -108,6 +109,8 @@ def arguments(plan: Plan) -> tuple[Any, Any]:
     """The library's QuantizationArgs of weights and of inputs; None for inputs that stay as they are."""
     from compressed_tensors.quantization import QuantizationArgs
 
+    if isinstance(plan.parts[0].form, Ternary):
+        return QuantizationArgs(num_bits=2, type="int", **ternary.strategy(plan.parts[0].form)), None
     settings, form = plan.settings, form_of(plan.settings)
     assert isinstance(form, Scaled)
     kind: dict[str, Any] = {"num_bits": form.element.bits, "type": "int" if form.kind.startswith("int") else "float"}

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graph.formats import Format, FourBit, Scaled
+from graph.formats import Format, FourBit, Scaled, Ternary
 from graph.formats.scaled import ELEMENTS
 from graph.formats.scales_of import float_scales, global_scale
+from runtimes.serving import ternary
 from runtimes.serving.settings import Serving
 
 E4M3 = torch.float8_e4m3fn
@@ -33,6 +34,9 @@ def checkpoint_tensors(
     """
     if isinstance(form, FourBit):
         return _bitsandbytes(form, sides, shape, dtype)
+    if isinstance(form, Ternary):
+        found = ternary.tensors(form, sides)
+        return _stream(found["codes"], found["scale"], shape)
     assert isinstance(form, Scaled)
     if settings.dialect == "compressed-tensors":
         return _compressed(form, sides, shape, settings)
@@ -53,6 +57,11 @@ def _compressed(
         return {"weight_packed": codes, "weight_scale": scale}
     if form.kind == "int8" and settings.inputs is not None:
         return {"weight": signed(codes), "weight_scale": scale}
+    return _stream(codes, scale, shape)
+
+
+def _stream(codes: Tensor, scale: Tensor, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Integers one after the other, however many bits each has."""
     where = torch.tensor(shape) if not codes.is_meta else torch.empty(2, dtype=torch.int64, device="meta")
     return {"weight_packed": words(codes), "weight_scale": scale, "weight_shape": where}
 

@@ -19,6 +19,7 @@ from graph.formats import (
     FourBit,
     Int8,
     Scaled,
+    Ternary,
     format_of,
     fused_weights,
     packed_sites,
@@ -28,6 +29,7 @@ from graph.formats import (
 )
 from graph.formats.scaled import Kind
 from graph.ops import op_name
+from runtimes.serving import ternary
 from runtimes.serving.settings import BLOCK, Scheme, Serving
 
 _SHARED = {"block": (BLOCK, BLOCK), "tensor": (0, 0), "static": (0, 0)}
@@ -102,7 +104,10 @@ def make_plan(graph: Graph, settings: Serving, scale_dtype: torch.dtype) -> tupl
     if held:
         settings = _as_held(settings, held)
         errors += _unfit(settings, held)
+        errors += ternary.problems(graph, held) if settings.target == "int2" else ()
         parts = [part for site in held for part in _held(graph, site, settings)] if not errors else []
+    elif settings.target == "int2":
+        return Plan(graph, settings, (), {}), [ternary.none_there()]
     else:
         form = form_of(settings, scale_dtype)
         parts = [Part(name, site, form) for name, site in _linears(graph)]
@@ -145,7 +150,7 @@ def _held(graph: Graph, site: Site, settings: Serving) -> Iterator[Part]:
         reader = Site(graph, node)
         before = Site(graph, reader.input(0)) if reader.input(0).op == "call_function" else None
         rounded = before if before is not None and before.op == "qc.fake_quantize_input" else None
-        form = format_of(site) if settings.target == "nf4" else form_of(settings)
+        form = format_of(site) if settings.target in ("nf4", "int2") else form_of(settings)
         yield Part(weight_name(site), reader, form, site, rounded)
 
 
@@ -189,6 +194,8 @@ def fits(settings: Serving, form: Format, shape: Sequence[int]) -> bool:
     """Whether a checkpoint of this kind holds weights [out, in] of this format."""
     if settings.target == "nf4":
         return isinstance(form, FourBit) and form.kind == "nf4"
+    if settings.target == "int2":
+        return isinstance(form, Ternary) and not form.latent
     wanted = form_of(settings)
     if not isinstance(form, Scaled) or not isinstance(wanted, Scaled) or form.kind != wanted.kind:
         return False
@@ -211,7 +218,8 @@ def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
     latent = [site for site in held if site.op.startswith("qc.fake_quantize")]
     if latent:
         what = f"{weight_name(latent[0])} is a float weight that is packed anew each time it is read"
-        yield QcError(what, site=latent[0].name, fix="add the pass freeze-q before the export")
+        freeze = "freeze-ternary" if latent[0].op.endswith("_ternary") else "freeze-q"
+        yield QcError(what, site=latent[0].name, fix=f"add the pass {freeze} before the export")
         return
     wrong = [(site, format_of(site)) for site in held if not fits(settings, format_of(site), site.value.shape)]
     if not wrong:
@@ -227,9 +235,11 @@ def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
 
 def _fix(form: Format, target: str) -> str:
     own = "nf4" if isinstance(form, FourBit) and form.kind == "nf4" else None
-    own = form.kind if isinstance(form, Scaled) else own
-    instead = f"export to {own}" if own in ("nf4", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8") else ""
+    own = form.kind if isinstance(form, Scaled) else "int2" if isinstance(form, Ternary) else own
+    instead = f"export to {own}" if own in ("nf4", "fp8", "nvfp4", "mxfp8", "mxfp4", "int2", "int4", "int8") else ""
     again = f"add the pass dequantize before the export, which then rounds to {target}"
+    if target == "int2":
+        return instead or "export to int4 after the pass dequantize"
     if instead:
         return f"{instead}, or {again}"
     return f"export to safetensors, or {again}" if not isinstance(form, Int8) else again

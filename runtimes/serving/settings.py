@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from graph.errors import QcError
 
-Target: TypeAlias = Literal["fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "int8", "nf4"]
+Target: TypeAlias = Literal["fp8", "nvfp4", "mxfp8", "mxfp4", "int2", "int4", "int8", "nf4"]
 Scheme: TypeAlias = Literal["channel", "tensor", "block", "static"]
 Dialect: TypeAlias = Literal["compressed-tensors", "modelopt", "hf"]
 
@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "mxfp4": ("weight_only",),
     "int8": ("weight_only",),
     "int4": ("group",),
+    "int2": (),
     "nf4": (),
 }
 """The options that each target has."""
@@ -76,7 +77,7 @@ class Serving:
     def inputs(self) -> tuple[str, int] | None:
         """How inputs of linears are rounded: the kind, and the values that share a scale (0: all of a token)."""
         blocks = self.dialect == "modelopt" and self.scheme == "block"  # of which it has weight-only alone
-        if self.weight_only or blocks or self.target in ("int4", "nf4"):
+        if self.weight_only or blocks or self.target in ("int2", "int4", "nf4"):
             return None
         if self.target == "fp8":
             return "fp8", BLOCK if self.scheme == "block" else 0

@@ -55,7 +55,7 @@ def train(
     ``tokenizer``. If the folder holds a training with the same settings it goes on from its last checkpoint.
     """
     seed = settings.seed if settings.seed is not None else seed
-    check(graph, settings.data)
+    check(graph, settings)
     groups = members(graph, settings)
     processes = Processes(folder, settings.trackers)
     if processes.main:

@@ -33,6 +33,9 @@ class Features:
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
     """Input and output of every layer, where these are compared too."""
 
+    routing: tuple[Tensor, ...] = ()
+    """What staged cross-attention looked at, where that is trained too: see ``routing.weights_of``."""
+
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError
 from runtimes.data import Batch
-from runtimes.settings import CausalLm, Kd, KdCache, Objective
+from runtimes.settings import CausalLm, Embedding, Kd, KdCache, Objective
 from runtimes.train.cached import CachedDistillation
+from runtimes.train.embedding import EmbeddingLoss
 from runtimes.train.losses import Distilled, Features, cross_entropy, distillation
 
 
@@ -53,8 +54,11 @@ class Plain:
 def cut_head(graph: Graph) -> bool:
     """Make ``graph`` return what its head reads, and the head's weight and bias, instead of the logits.
 
-    False, and the graph unchanged, where the logits are more than one linear: capped, scaled or adapted.
+    False, and the graph unchanged, where the logits are more than one linear: capped, scaled or adapted. An encoder has
+    no head.
     """
+    if graph.kind == "encoder":
+        return False
     (output,) = graph.output_nodes()
     heads = [s for s in graph.sites("aten.linear") if s.node is output]
     if not heads:
@@ -104,7 +108,7 @@ def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, dev
         return CachedDistillation(objective, steps)
     if teacher is None:
         raise QcError(
-            "the objective kd needs a teacher, and none was given",
+            f"the objective {objective.name} needs a teacher, and none was given",
             fix="give the graph before the passes as the teacher",
         )
     twin = teacher.copy().materialize()
@@ -115,4 +119,4 @@ def loss_of(objective: Objective, teacher: Graph | None, dtype: torch.dtype, dev
     def run(batch: Batch) -> Features:
         return features(twin(**batch.inputs()), cut)
 
-    return Plain(Distillation(objective, run))
+    return EmbeddingLoss(objective, run) if isinstance(objective, Embedding) else Plain(Distillation(objective, run))

@@ -117,9 +117,8 @@ def terminal() -> Progress:
 def summary(row: Row) -> str:
     """The row in a few words."""
     said = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-    return said + (
-        f"  held-out {row['eval_loss']:.4f} (perplexity {row['eval_perplexity']:.2f})" if "eval_loss" in row else ""
-    )
+    text = f" (perplexity {row['eval_perplexity']:.2f})" if "eval_perplexity" in row else ""
+    return said + (f"  held-out {row['eval_loss']:.4f}{text}" if "eval_loss" in row else "")
 
 
 def _say(text: str) -> None:

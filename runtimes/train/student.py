@@ -6,7 +6,7 @@ result into the graph in any case.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,14 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 from graph import Graph, QcError
 from graph.formats.fuse import fuse_dequantize, unnest_scales
+from graph.joint import CHUNK_MASK, is_joint
 from graph.lora import write_in_place
 from graph.nest import nest
+from graph.unpadded import without_padding
 from runtimes.data import Batch
-from runtimes.settings import Data, Retrieval, Train
+from runtimes.settings import Retrieval, Train
 from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
 from runtimes.train.objectives import cut_head, features
+from runtimes.train.routing import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,20 +37,24 @@ class Student:
     """What the loop trains."""
 
     def __init__(self, graph: Graph, settings: Train, processes: Processes):
-        check(graph)
+        check(graph, settings)
         self.graph, self.processes = graph, processes
         self.dtype = DTYPES[settings.precision]
         self.has_mode = "training" in graph.inputs
         work = graph.materialize().copy()
         self.cut = cut_head(work)
         self.layers = [] if settings.layerwise is None else layers_of(work, settings.layerwise)
-        if self.layers:
-            ends = [node for layer in self.layers for node in (layer.x, layer.y)]
-            work.set_outputs([*work.output_nodes(), *ends])
+        ends = [node for layer in self.layers for node in (layer.x, layer.y)]
+        routed = [] if settings.routing is None else weights_of(work)
+        self.watched = (len(ends), len(routed))
+        if any(self.watched):
+            work.set_outputs([*work.output_nodes(), *ends, *routed])
         work.verify()
         fuse_dequantize(work)
         unnest_scales(work)
         write_in_place(work)
+        if is_joint(work) and not self.layers:
+            without_padding(work, work.site(CHUNK_MASK).node)
         if work.dtype != self.dtype or work.device != processes.device:
             work.to(self.dtype, processes.device)
         names = [name for name, info in graph.tensors().items() if info.trainable]
@@ -81,12 +88,17 @@ class Student:
         )
         with bf16:
             outputs: Any = self.module(**batch.inputs(), **mode)
-        ends: tuple[Tensor, ...] = ()
-        if self.layers:
-            count = 2 * len(self.layers)
-            outputs, ends = outputs[:-count], outputs[-count:]
-            outputs = outputs if self.cut else outputs[0]
-        return replace(features(outputs, self.cut), layers=tuple(zip(ends[::2], ends[1::2], strict=True)))
+        outputs, ends, routed = self._parted(outputs)
+        pairs = tuple(zip(ends[::2], ends[1::2], strict=True))
+        return replace(features(outputs, self.cut), layers=pairs, routing=tuple(routed))
+
+    def _parted(self, outputs: Any) -> tuple[Any, Sequence[Tensor], Sequence[Tensor]]:
+        """What a graph returned: its features, the ends of layers, and what it looked at."""
+        if not any(self.watched):
+            return outputs, (), ()
+        first = len(outputs) - sum(self.watched)
+        behind = first + self.watched[0]
+        return outputs[:first] if self.cut else outputs[0], outputs[first:behind], outputs[behind:]
 
     def rest(self, names: Collection[str]) -> None:
         """Compute no gradients of these trained tensors from now on, and those of all others."""
@@ -104,14 +116,18 @@ class Student:
             self.graph.set_tensor(name, value.to(self.graph.device, self.graph.dtype_of(name), copy=True))
 
 
-def check(graph: Graph, data: Data | None = None) -> None:
-    """Refuse what cannot be trained, or not on ``data``."""
-    if graph.kind != "causal-lm":
+def check(graph: Graph, settings: Train) -> None:
+    """Refuse what cannot be trained, or not in this way."""
+    encodes = settings.objective.name == "embedding"
+    if encodes and graph.kind != "encoder":
+        what = f"this graph is of kind {graph.kind}; embedding trains encoders"
+        raise QcError(what, fix="use kd, or give the model kind: encoder under models:")
+    if graph.kind != "causal-lm" and not encodes:
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
             fix="capture the model with kind='causal-lm'",
         )
-    if isinstance(data, Retrieval) and "memory_ids" not in graph.inputs:
+    if isinstance(settings.data, Retrieval) and "memory_ids" not in graph.inputs:
         raise QcError(
             "the data asks questions about chunks, and the model reads no memory",
             fix="join an encoder and a decoder with attach-memory, or train on text",

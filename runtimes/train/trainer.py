@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from runtimes.train.losses import Features, whole_answers
 from runtimes.train.metrics import EXACT
 from runtimes.train.objectives import Loss, loss_of
 from runtimes.train.report import perplexity
+from runtimes.train.routing import RoutedLoss
 from runtimes.train.schedules import rate
 from runtimes.train.student import Student
 
@@ -76,6 +78,8 @@ class Trainer:
         self.asks = isinstance(text.evaluation, Questions)
         self.gates = Gates(student.graph, student.parameters)
         self.loss: Loss = loss_of(settings.objective, teacher, student.dtype, processes.device, settings.steps)
+        if settings.routing is not None:
+            self.loss = RoutedLoss(settings.routing, self.loss)
         self.layers: Layers | None = None
         if settings.layerwise is not None:
             if processes.count > 1:
@@ -236,7 +240,8 @@ class Trainer:
                 else:  # the shards are gathered by all processes together
                     self.student(batch, training=False)
         loss, text, labels, right, asked = self.processes.sum(found).tolist()
-        figures = {"eval_loss": loss / max(labels, 1), "eval_perplexity": perplexity(text / max(labels, 1))}
+        figures = {"eval_loss": loss / max(labels, 1)}
+        figures |= {} if math.isnan(text) else {"eval_perplexity": perplexity(text / max(labels, 1))}
         return figures | ({EXACT: right / max(asked, 1)} if self.asks else {})
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 weights    exports of weights: transformers reads them
 serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
+bitnet     ternary weights in BitNet's packing: transformers reads them, and rounds their tokens
 ternary    ternary exports: their integers are read for themselves, their floats by transformers
 packages   Core ML packages: the interpreter of runtimes/mil reads them
 onnx       ONNX models: ONNX Runtime reads them
@@ -26,6 +27,10 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
     ``timeout`` in seconds is for the process that reads the export.
     """
     target = read_about(folder)["target"]
+    if target == "bitnet":
+        from runtimes.verify.bitnet import verify_bitnet
+
+        return verify_bitnet(folder, graph, tokenizer=tokenizer, timeout=timeout)
     if target == "ternary":
         from runtimes.verify.ternary import verify_ternary
 

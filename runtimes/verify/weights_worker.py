@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     with safe_open(inputs, framework="pt") as file:
         asked = file.metadata()
     kind, probes = asked["kind"], load_file(inputs)
-    model = _load(folder, kind, getattr(torch, asked["dtype"]))
     found = {}
-    with torch.no_grad():
+    with torch.no_grad(), _as_written(folder):
+        model = _load(folder, kind, getattr(torch, asked["dtype"]))
         for i in range(len(probes) // 2):
             result = model(input_ids=probes[f"ids_{i}"], attention_mask=probes[f"mask_{i}"])
             found[f"out_{i}"] = (result.logits if kind == "causal-lm" else result.last_hidden_state).contiguous()
@@ -35,18 +36,38 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     save_file(found, outputs, metadata={"facts": json.dumps(facts)})
 
 
+def _as_written(folder: str) -> AbstractContextManager[None]:
+    """Inside, BitNet's linears run as they are written: compiling them takes a minute, and a compiler."""
+    if _packing(folder) != "bitnet":
+        return nullcontext()
+    import torch
+
+    eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def _packing(folder: str) -> str | None:
+    """What the export says that its weights are packed as."""
+    said = json.loads((Path(folder) / "config.json").read_text())
+    return (said.get("quantization_config") or {}).get("quant_method")
+
+
 def _load(folder: str, kind: str, dtype: Any) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     reader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
     file = next(Path(folder).glob("*.gguf"), None)
     said = {} if file is None else {"gguf_file": file.name}
-    model, info = reader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **said)
+    packing = _packing(folder)
+    wanted = "auto" if packing == "bitnet" else dtype  # which computes in the dtypes of its file, whatever it is told
+    model, info = reader.from_pretrained(folder, dtype=wanted, output_loading_info=True, local_files_only=True, **said)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         sys.exit(f"transformers reports {json.dumps(wrong)}")
-    packing = getattr(model.config, "quantization_config", None)
-    if packing is not None and packing.quant_method == "bitsandbytes":
+    if packing == "bitnet":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    if packing == "bitsandbytes":
         _compute_in(model, dtype)
     return model.eval()
 

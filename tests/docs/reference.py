@@ -30,6 +30,7 @@ SECTIONS = {
     "Backtrack": "[backtrack](#layerwise)",
     "AutoSnap": "[auto_snap](#auto_snap)",
     "Grokfast": "[grokfast](#grokfast)",
+    "Routing": "[routing](#routing)",
     "Divergence": "[divergence](#divergence)",
     "Evaluate": "[evaluate](#evaluate)",
     "Audit": "[audit](#audit)",
@@ -92,7 +93,7 @@ def _keys(part: str) -> str:
     """The keys of one part of a recipe."""
     whole = schema()
     properties = whole["properties"] if part == "recipe" else whole["$defs"][part]["properties"]
-    hidden = () if part == "recipe" else ("include", "name") if part in ("Kd", "KdCache") else ("include",)
+    hidden = () if part == "recipe" else ("include", "name") if part in ("Kd", "KdCache", "Embedding") else ("include",)
     rows = [_row(key, one, _required(part)) for key, one in properties.items() if key not in hidden]
     return _table(("key", "value", "default", ""), rows)
 

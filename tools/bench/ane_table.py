@@ -2,8 +2,8 @@
 
 python -m tools.bench.ane_table [--only NAME ...] [--write]
 
-Every row is an export with the default options, verified as ``qc verify`` does, against the graph
-with the same weights. With --write the table goes into docs/ane.md.
+Every row is an export with the default options, verified as ``qc verify`` does, against the graph with the same
+weights. With --write the table goes into docs/ane.md.
 """
 
 from __future__ import annotations
@@ -85,12 +85,18 @@ def row(name: str) -> list[str]:
 
 
 def _quantized(graph: Graph, scheme: Any, **options: Any) -> Graph:
+    """In so few bits; levels and scales as a device holds them, in fp16, as recipes leave them before an export."""
+    from graph import Selector
     from graph.formats import LutOptions
     from passes.quantize_base import QuantizeBase
     from passes.runner import apply
+    from passes.snap import Snap
 
-    given: dict[str, Any] = {"lut": LutOptions(**options)} if scheme == "lut" else options
-    apply(QuantizeBase(scheme=scheme, **given), graph, check=False)
+    if scheme != "lut":
+        apply(QuantizeBase(scheme=scheme, **options), graph, check=False)
+        return graph
+    apply(QuantizeBase(scheme="lut", lut=LutOptions(**options)), graph, check=False)
+    apply(Snap(select=Selector(name=("*.weight.lut", "*.weight.scale*"))), graph, check=False)
     return graph
 
 

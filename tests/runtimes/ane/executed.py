@@ -18,11 +18,12 @@ from runtimes.ane.mil import FunctionPlan
 
 
 class Executor:
-    """Values are fp32 tensors; ``ops`` lists what was emitted."""
+    """Values are fp32 tensors; ``ops`` and ``constants`` list what was emitted, the latter by their shapes."""
 
     def __init__(self, given: Mapping[str, Tensor], states: dict[str, Tensor], names: frozenset[str]):
         self.given, self.states, self.names = given, states, names
         self.ops: list[str] = []
+        self.constants: list[tuple[int, ...]] = []
         self.results: dict[str, Tensor] = {}
         self.reads: list[str] = []
 
@@ -37,7 +38,9 @@ class Executor:
         return self.given[name]
 
     def constant(self, value: Array) -> Tensor:
-        return tensor(value)
+        found = tensor(value)
+        self.constants.append(tuple(found.shape))
+        return found
 
     def lut_weight(self, indices: Array, levels: Array, bits: int) -> Tensor:
         self.ops.append("constexpr_lut_to_dense")
