@@ -40,10 +40,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
     """The graph as it is served in that format, and its bits a weight, scales included."""
+    from graph.inputs import largest_inputs
     from runtimes.ane.ranges import calibration
     from runtimes.export import default_dtype
     from runtimes.export._serving import SCALES, settings_of
-    from runtimes.serving.inputs import largest_inputs
     from runtimes.serving.plan import make_plan
     from runtimes.serving.reference import served
 

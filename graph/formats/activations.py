@@ -15,7 +15,8 @@ from torch import Tensor
 
 from graph.formats.elements import E2M1, E4M3, Element, decode_e4m3, nearest_e2m1
 from graph.formats.format import has_data
-from graph.formats.scales_of import E4M3_ZERO, e8m0_scales, read_scales
+from graph.formats.scales_of import E4M3_ZERO, e8m0_scales, float_scales, read_scales
+from graph.formats.scales_of import global_scale as divisor_for
 from graph.ops import op
 
 InputKind: TypeAlias = Literal["fp8", "mxfp8", "mxfp4", "nvfp4", "int8"]
@@ -26,14 +27,24 @@ GROUPS: dict[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 
 @op
 def fake_quantize_input(
-    x: Tensor, kind: InputKind, columns: int = 0, scale: Tensor | None = None, global_scale: Tensor | None = None
+    x: Tensor,
+    kind: InputKind,
+    columns: int = 0,
+    scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    seen: float | None = None,
 ) -> Tensor:
     """``x`` in the numbers of ``kind``. The gradient is 1 everywhere, where a given scale saturates too.
 
-    ``columns`` values of a token share a scale, all of them if it is 0; ``scale`` is known beforehand, of all.
+    ``columns`` values of a token share a scale, all of them if it is 0; ``scale`` is known beforehand, of all. Where
+    neither that nor a global scale is given they follow from ``seen``, the largest magnitude seen on some text.
 
     x: [..., in]    scale, global_scale: f32 [1]  ->  like x
     """
+    if seen is not None and kind == "nvfp4":
+        global_scale = divisor_for(torch.tensor(seen, device=x.device))
+    elif seen is not None:
+        scale = float_scales(torch.tensor([seen], device=x.device), E4M3, torch.float32)
     return _FakeQuantizeInput.apply(x, kind, columns, scale, global_scale)
 
 
@@ -44,7 +55,8 @@ class _FakeQuantizeInput(torch.autograd.Function):
     ) -> Tensor:
         if not has_data(x) or not x.numel():
             return torch.empty_like(x)
-        groups = x.unflatten(-1, (-1, columns or x.shape[-1]))
+        wide = x.float() if x.dtype == torch.float16 and kind.startswith("mx") else x  # fp16 has no 2^-127
+        groups = wide.unflatten(-1, (-1, columns or x.shape[-1]))
         by = scales_of_input(groups, kind, global_scale) if scale is None else scale.to(x.dtype)
         values = _rounded(groups / by, kind)
         return values.to(by.dtype).mul_(by).flatten(-2).to(x.dtype)

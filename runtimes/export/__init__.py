@@ -89,7 +89,7 @@ def find(target: str) -> Callable[..., ExportReport]:
 
 def _export(export: Callable[..., ExportReport], name: str, graph: Any, *args: Any, **options: Any) -> ExportReport:
     """Export a graph of one model."""
-    for error in _joined(name, graph):
+    for error in (*_joined(name, graph), *_rounding(name, graph)):
         raise error
     return export(graph, *args, **options)
 
@@ -105,15 +105,25 @@ def _joined(target: str, graph: Any) -> list[QcError]:
     return [QcError(what, fix=fix)]
 
 
+def _rounding(target: str, graph: Any) -> list[QcError]:
+    """Inputs that are rounded as GPU servers round them, which nothing else does."""
+    sites = [] if target in SERVING else graph.sites("qc.fake_quantize_input")
+    if not sites:
+        return []
+    kind = sites[0].node.args[1]
+    what = f"inputs are rounded to {kind} at {len(sites)} sites, which {target} has no form of"
+    return [QcError(what, site=sites[0].name, fix=f"export to {kind}, or take quantize-inputs out")]
+
+
 def _module(target: str) -> Any:
     return import_module(f"runtimes.export.{'_serving' if target in SERVING else target}")
 
 
 def obstacles(target: str, graph: Any, dtype: str, options: Mapping[str, Any]) -> list[QcError]:
     """What stands in the way of an export, as far as shapes tell; only some targets can say."""
-    joined = _joined(target, graph)
-    if joined:
-        return joined
+    general = [*_joined(target, graph), *_rounding(target, graph)]
+    if general:
+        return general
     check = getattr(_module(target), "check", None)
     own = {"target": target, "dtype": dtype} if target in SERVING else {}
     return [] if check is None else list(check(graph, **own, **options))

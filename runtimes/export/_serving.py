@@ -16,13 +16,13 @@ from torch import Tensor
 
 from graph import Graph, QcError, raise_all
 from graph.dense import Dense, checkpoint_tensors
+from graph.inputs import largest_inputs
 from graph.weights import Entry, write
 from runtimes.ane.ranges import calibration as calibration_rows
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
 from runtimes.export.safetensors import DTYPES, Counted, config_of, generation_config_of
 from runtimes.serving import config, layout
-from runtimes.serving.inputs import largest_inputs
 from runtimes.serving.plan import Part, Plan, make_plan, unshared
 from runtimes.serving.settings import Dialect, Scheme, Serving, Target
 
@@ -56,9 +56,12 @@ def export(
     carried = tokenizer or source
     largest: dict[str, float] = {}
     if settings.calibrated:
-        seen = rows if rows is not None else calibration_rows(graph, carried, calibration)
-        named = largest_inputs(graph, seen, [part.linear.name for part in plan.parts])
-        largest = {part.module: named[part.linear.name] for part in plan.parts}
+        largest = {part.module: part.seen for part in plan.parts if part.seen is not None}
+        unknown = [part for part in plan.parts if part.seen is None]
+        if unknown:
+            seen = rows if rows is not None else calibration_rows(graph, carried, calibration)
+            named = largest_inputs(graph, seen, [part.linear.name for part in unknown])
+            largest |= {part.module: named[part.linear.name] for part in unknown}
     count = Counted(DTYPES[dtype], dtype)
     entries = [count.entry(tensor) for tensor in others]
     for part in plan.parts:

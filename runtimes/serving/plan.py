@@ -52,6 +52,12 @@ class Part:
     """Where what the linear reads is rounded already."""
 
     @property
+    def seen(self) -> float | None:
+        """The largest magnitude that it reads, where that is known of the rounding."""
+        found: float | None = None if self.rounded is None else self.rounded.node.kwargs.get("seen")  # type: ignore[assignment]
+        return found
+
+    @property
     def module(self) -> str:
         """The name of the linear in a checkpoint."""
         return self.name.removesuffix(".weight")
@@ -110,8 +116,9 @@ def make_plan(graph: Graph, settings: Serving, scale_dtype: torch.dtype) -> tupl
         return Plan(graph, settings, (), {}), [ternary.none_there()]
     else:
         form = form_of(settings, scale_dtype)
-        parts = [Part(name, site, form) for name, site in _linears(graph)]
+        parts = [Part(name, site, form, rounded=_rounded(site)) for name, site in _linears(graph)]
         errors += [error for part in parts if (error := _misfit(graph, part))]
+    errors += _rounded_otherwise(settings, parts) if not errors else ()
     if not parts and not errors:
         errors.append(QcError(f"the graph has no linears to write as {settings.target}", fix="export to safetensors"))
     sites = {part.name: part.linear for part in parts if part.packed is None}
@@ -148,10 +155,33 @@ def _held(graph: Graph, site: Site, settings: Serving) -> Iterator[Part]:
     """A weight that is packed already, with the first linear that reads it."""
     for node in _readers(site.node)[:1]:
         reader = Site(graph, node)
-        before = Site(graph, reader.input(0)) if reader.input(0).op == "call_function" else None
-        rounded = before if before is not None and before.op == "qc.fake_quantize_input" else None
         form = format_of(site) if settings.target in ("nf4", "int2") else form_of(settings)
-        yield Part(weight_name(site), reader, form, site, rounded)
+        yield Part(weight_name(site), reader, form, site, _rounded(reader))
+
+
+def _rounded(linear: Site) -> Site | None:
+    """Where what a linear reads is rounded."""
+    node = linear.input(0)
+    found = node.op == "call_function" and op_name(node.target) == "qc.fake_quantize_input"
+    return Site(linear.graph, node) if found else None
+
+
+def _rounded_otherwise(settings: Serving, parts: Sequence[Part]) -> Iterator[QcError]:
+    """Inputs that the graph rounds to other numbers than a server would."""
+    wanted = None if settings.inputs is None else (*settings.inputs, settings.calibrated)
+    for part in parts:
+        if part.rounded is None:
+            continue
+        kind, columns = part.rounded.node.args[1], part.rounded.node.args[2]
+        if (kind, columns, part.seen is not None) == wanted:
+            continue
+        reads = "as it is" if settings.inputs is None else f"in {settings.inputs[0]}, scaled in another way"
+        if settings.inputs is not None and settings.inputs[0] != kind:
+            reads = f"in {settings.inputs[0]}"
+        what = f"{part.linear.name} reads what is rounded to {kind}, and the export lets it read its input {reads}"
+        fix = f"export to {kind} with the options of quantize-inputs, or take quantize-inputs out"
+        yield QcError(what, site=part.rounded.name, fix=fix)
+        return
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from graph.weights import read_header
+from passes.freeze_q import FreezeQ
 from passes.quantize_base import QuantizeBase
+from passes.quantize_inputs import QuantizeInputs
 from passes.runner import apply
+from runtimes.export import default_dtype, obstacles
 from runtimes.serving.config import patterns
 from runtimes.verify import verify
 from tests.runtimes.serving.models import Case, exported, graph, same_process
@@ -95,3 +98,54 @@ def test_inputs_that_one_value_feeds_have_one_scale_and_it_is_their_range(tmp_pa
     scales = {end: float(header[f"model.layers.1.self_attn.{end}_proj.input_scale"].load()) for end in "qkvo"}
     assert scales["q"] == scales["k"] == scales["v"] != scales["o"]
     assert scales["q"] == pytest.approx(seen["model.layers.1.self_attn.q_proj"] / 448)
+
+
+def text(data: Any, tokens: int, length: int, batch: int) -> Any:
+    ids = torch.randint(0, 200, (4, 24), generator=torch.Generator().manual_seed(3))
+    yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("scheme", "inputs", "options"),
+    [
+        ("fp8", {"scheme": "fp8"}, {}),
+        ("mxfp4", {"scheme": "mxfp4"}, {}),
+        ("nvfp4", {"scheme": "nvfp4", "data": "some"}, {}),
+    ],
+)
+def test_inputs_that_trained_rounded_are_served_as_they_were(
+    scheme: Any, inputs: Any, options: Any, tmp_path: Path
+) -> None:
+    trained = graph()
+    apply(QuantizeBase(scheme=scheme, form="latent"), trained, check=False)
+    apply(QuantizeInputs(**inputs).reading(text), trained, check=False)
+    apply(FreezeQ(), trained, check=False)
+    out = exported(tmp_path / "out", Case(scheme, options), trained)
+    found = verify(out, trained)
+    assert found.passed, found.table()
+    assert found.figures()["max_difference"] == 0.0
+    seen = trained.sites("qc.fake_quantize_input")[0].node.kwargs.get("seen")
+    said = json.loads((out / "qc-export.json").read_text())["inputs"]
+    assert said.get("model.layers.0.self_attn.q_proj") == seen, "what was trained with, not what is found again"
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "text"),
+    [
+        ("fp8", {"weight_only": True},
+         "model.layers.0.self_attn.q_proj reads what is rounded to fp8, and the export lets it read its input as it is"),
+        ("int8", {}, "model.layers.0.self_attn.q_proj reads what is rounded to fp8, and the export lets it read its input in int8"),
+        ("fp8", {"scheme": "block"}, "model.layers.0.self_attn.q_proj reads what is rounded to fp8, and the export lets it read its "
+         "input in fp8, scaled in another way"),
+        ("safetensors", {}, "inputs are rounded to fp8 at 8 sites, which safetensors has no form of"),
+        ("onnx", {}, "inputs are rounded to fp8 at 8 sites, which onnx has no form of"),
+    ],
+)  # fmt: skip
+def test_an_export_to_other_numbers_than_those_trained_with_is_refused(target: str, options: Any, text: str) -> None:
+    trained = graph()
+    apply(QuantizeInputs(), trained, check=False)
+    (error,) = obstacles(target, trained, default_dtype(target), options)
+    assert error.what == text
+    last = "or take quantize-inputs out"
+    assert error.fix in (f"export to fp8, {last}", f"export to fp8 with the options of quantize-inputs, {last}")

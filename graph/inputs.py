@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graph import Graph
-from graph.core import Streaming
+from graph.core import Graph, Streaming
 from graph.sites import node_name
 
 
