@@ -24,7 +24,7 @@ OPS: dict[str, Callable[..., Any]] = {}
 
 OP_MODULES = (
     "graph.formats", "graph.lora", "graph.cache", "graph.memory", "graph.staged", "graph.chunks", "graph.degraded",
-    "graph.unpadded",
+    "graph.fp8_linear", "graph.unpadded",
 )  # fmt: skip
 """The modules that register further ops; they are imported when an op is asked for that is not there yet."""
 

@@ -1,7 +1,7 @@
 """Packing in C, where the machine has a compiler: one pass over a weight instead of a dozen, to the same bytes.
 
-``packing.c`` is built once for a machine and kept in the user's cache. Without a compiler, on other devices and for
-weights that are not fp32, the torch ops do the work: docs/decisions/0009-packing-in-c.md.
+``packing.c`` and ``ternary.c`` are built once for a machine and kept in the user's cache. Without a compiler, on other
+devices and for weights that are not fp32, the torch ops do the work: docs/decisions/0009-packing-in-c.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from graph.formats.memory import scratch
 
-SOURCE = Path(__file__).with_name("packing.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packing.c", "ternary.c"))
 
 ENCODED = ("e4m3", "e2m1", "int2", "int4", "int8")
 """The elements whose codes it makes."""
@@ -131,6 +131,37 @@ def encode_levels(w: Tensor, bounds: Tensor, absmax: Tensor, out: Tensor) -> boo
     return _call("encode_levels", (w, bounds, absmax, out), *given)
 
 
+def ternary_fitted(
+    w: Tensor, tau: float | None, squares: bool, threshold: Tensor, scale: Tensor, out: Tensor | None
+) -> bool:
+    """Find the thresholds and scales of ternary weights, and what they become; False where that is left to torch.
+
+    w, out: f32 [rows, columns], or no out    threshold, scale: f32 [rows, groups]    tau: None for round-clip
+    """
+    groups = scale.numel()
+    given = _at(w), groups, w.numel() // groups, -1.0 if tau is None else tau, int(squares)
+    room = ctypes.c_void_p(None) if out is None else _at(out)
+    return _call(
+        "ternary_fitted", (w, threshold, scale, w if out is None else out), *given, *map(_at, (threshold, scale)), room
+    )
+
+
+def ternary_dense(w: Tensor, threshold: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """Write what weights become under these thresholds and scales; False where that is left to torch.
+
+    w, out: f32 [rows, columns]    threshold, scale: f32 [rows, groups]
+    """
+    groups = scale.numel()
+    return _call(
+        "ternary_dense",
+        (w, threshold, scale, out),
+        _at(w),
+        groups,
+        w.numel() // groups,
+        *map(_at, (threshold, scale, out)),
+    )
+
+
 def _call(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_p) -> bool:
     found = _library() if _fits(*tensors) else None
     if found is None:
@@ -192,7 +223,14 @@ def _key(compiler: str) -> str:
         text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         processor += "".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
     built = Path(compiler).stat()
-    parts = (SOURCE.read_text(), *_FLAGS, compiler, str(built.st_size), str(built.st_mtime_ns), processor)
+    parts = (
+        *(source.read_text() for source in SOURCES),
+        *_FLAGS,
+        compiler,
+        str(built.st_size),
+        str(built.st_mtime_ns),
+        processor,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -201,7 +239,7 @@ def _build(compiler: str, kept: Path) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / kept.name
         for own in (("-march=native",), ("-mcpu=native",), ()):
-            command = [compiler, *_FLAGS, *own, "-o", str(made), str(SOURCE)]
+            command = [compiler, *_FLAGS, *own, "-o", str(made), *map(str, SOURCES), "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
             if done.returncode == 0:
                 break
@@ -217,6 +255,8 @@ def _opened(kept: Path) -> ctypes.CDLL:
     signatures: dict[str, list[Any]] = {"magnitudes": [pointer, count, count, pointer]}
     signatures |= {f"encode_{name}": given for name in ENCODED} | {f"pack_{name}": finding for name in ENCODED}
     signatures |= {f"nearest_{name}": given for name in NEAREST} | {f"round_{name}": finding for name in NEAREST}
+    signatures["ternary_fitted"] = [pointer, count, count, real, integer, pointer, pointer, pointer]
+    signatures["ternary_dense"] = [pointer, count, count, pointer, pointer, pointer]
     signatures["encode_levels"] = [pointer, pointer, count, count, pointer, pointer]
     for name, types in signatures.items():
         function: Callable[..., None] = getattr(found, name)

@@ -42,20 +42,29 @@ def split(graph: Graph) -> tuple[list[Packed], list[Dense], list[QcError]]:
     """The packed ternary weights of a graph, the tensors of its checkpoint beside them, and what is in the way."""
     tensors, errors = checkpoint_tensors(graph)
     found: list[Packed] = []
+    others: list[Site] = []
     for site in packed_sites(graph):
         form, name = format_of(site), weight_name(site)
         if not isinstance(form, Ternary):
-            what = f"{name} is packed in another format than ternary"
-            errors.append(QcError(what, site=site.name, fix="dequantize it before the export"))
+            others.append(site)
         elif form.latent:
             what = f"{name} is latent: no integers of it are stored"
             errors.append(QcError(what, site=site.name, fix="run freeze-ternary before the export"))
         else:
             found.append(Packed(name, form, site, graph.info(f"{name}.indices").transposed))
+    if others:
+        errors.append(_not_ternary(others))
     if not found and not errors:
         errors.append(QcError("the graph has no ternary weights", fix="add ternary-ste and freeze-ternary"))
     known = {one.name for one in found}
     return found, [tensor for tensor in tensors if tensor.name not in known], errors
+
+
+def _not_ternary(sites: list[Site]) -> QcError:
+    more = f", and so do {len(sites) - 1} more" if len(sites) > 1 else ""
+    what = f"{weight_name(sites[0])} holds {format_of(sites[0]).name}{more}, and ternary weights are wanted"
+    fix = "export to safetensors, or add dequantize, ternary-ste and freeze-ternary, which rounds once more"
+    return QcError(what, site=sites[0].name, fix=fix)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from graph.formats import native
 from graph.formats.format import has_data
-from graph.formats.lut_scales import row_parts
 from graph.formats.memory import scratch
 
 Rule = Literal["dead-zone", "round-clip"]
@@ -31,6 +31,9 @@ Fit = Literal["absmean", "least-squares"]
 
 SMALLEST = 1e-8
 """What a scale is at least: that of a row of zeros."""
+
+AT_ONCE = 1 << 18
+"""Weights that are worked on at a time: what is made of them stays in a processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,59 @@ class TernaryRule:
         """The shape of the scales of a weight of this shape."""
         return (1, 1) if self.group is None else (shape[0], shape[1] // self.group)
 
-    def fitted(self, w: Tensor, moments: Tensor | None = None) -> Grid:
-        """Thresholds and scales of a weight.
+    def fitted(self, w: Tensor, moments: Tensor | None = None, out: Tensor | None = None) -> Grid:
+        """Thresholds and scales of a weight; the weight that it becomes is written to ``out`` on the way.
 
-        w: [out, in], float    moments: [in], or None
+        w: [out, in], float    moments: [in], or None    out: f32 [out, in], or None
         """
         shape = self.scale_shape(tuple(w.shape))
+        grid = Grid(*(w.new_empty(shape, dtype=torch.float32) for _ in range(2)))
         if not has_data(w):
-            return Grid(*(w.new_empty(shape, dtype=torch.float32) for _ in range(2)))
-        sums = torch.zeros((w.shape[0], shape[1]), dtype=torch.float64, device=w.device)
+            return grid
+        weight = None if moments is None else moments.to(w.device, torch.float64)
+        if self.group is None:
+            grid = self._of_all(w, weight)
+            if out is not None:
+                grid.dense(w, out)
+            return grid
+        if moments is None and native.ternary_fitted(
+            w, self.tau, self.fit == "least-squares", grid.threshold, grid.scale, out
+        ):
+            return grid
         for part in _parts(w):
-            sums[part] = _row_sums(_magnitude(w[part]), shape[1])
-        mean = _over_all(sums, shape) / (w.numel() / (shape[0] * shape[1]))
-        mean = mean.float().clamp(min=SMALLEST)
+            here = self._of_rows(w[part], weight, None if out is None else out[part])
+            grid.threshold[part], grid.scale[part] = here.threshold, here.scale
+        return grid
+
+    def _of_rows(self, w: Tensor, weight: Tensor | None, out: Tensor | None) -> Grid:
+        """The grid of some rows that share no scale with others: a weight is read from memory once."""
+        groups, columns = self.scale_shape(tuple(w.shape))[1], w.shape[1]
+        magnitude = _magnitude(w)
+        mean = (_row_sums(magnitude, groups) / (columns / groups)).float().clamp(min=SMALLEST)
         grid = Grid(self._threshold(mean), mean)
-        return grid if self.fit == "absmean" else replace(grid, scale=_least_squares(w, grid, moments))
+        if self.fit == "absmean" and out is None:
+            return grid
+        ones = grid._ones(magnitude, _room("ones", w))
+        if self.fit == "least-squares":
+            grid = replace(grid, scale=_quotient(*_least_squares(magnitude, ones, groups, weight), mean))
+        if out is not None:
+            torch.copysign(ones, w.float(), out=out)
+            out.view(w.shape[0], groups, -1).mul_(grid.scale[:, :, None])
+        return grid
+
+    def _of_all(self, w: Tensor, weight: Tensor | None) -> Grid:
+        """The one threshold and scale of a whole weight."""
+        total = sum(_row_sums(_magnitude(w[part]), 1).sum() for part in _parts(w))
+        mean = (torch.as_tensor(total, device=w.device) / w.numel()).float().clamp(min=SMALLEST).view(1, 1)
+        grid = Grid(self._threshold(mean), mean)
+        if self.fit == "absmean":
+            return grid
+        sums = torch.zeros(2, dtype=torch.float64, device=w.device)
+        for part in _parts(w):
+            magnitude = _magnitude(w[part])
+            ones = grid._ones(magnitude, _room("ones", w[part]))
+            sums += torch.stack([one.sum() for one in _least_squares(magnitude, ones, 1, weight)])
+        return replace(grid, scale=_quotient(sums[0].view(1, 1), sums[1].view(1, 1), mean))
 
     def _threshold(self, mean: Tensor) -> Tensor:
         """What a magnitude has to reach to become 1; round-clip's half is 0 yet, as it rounds to the even number."""
@@ -102,6 +143,9 @@ class Grid:
     def dense(self, w: Tensor, out: Tensor | None = None) -> Tensor:
         """The weight that w [out, in] becomes, f32, written to ``out`` if that is given."""
         dense = w.new_empty(w.shape, dtype=torch.float32) if out is None else out
+        by_row = self.scale.shape[0] == w.shape[0]
+        if by_row and has_data(w) and native.ternary_dense(w, self.threshold, self.scale, dense):
+            return dense
         for part in _parts(w):
             here = self.rows(part)
             integers = here._integers(w[part], dense[part])
@@ -121,7 +165,7 @@ class Grid:
         for part in _parts(w):
             integers = self.rows(part)._integers(w[part]).view(w[part].shape)
             found[part] = _row_sums(integers.mul_(grad[part]), found.shape[1])
-        return _over_all(found, tuple(self.scale.shape))
+        return found if self.scale.shape == found.shape else found.sum().view(1, 1)
 
     def _integers(self, w: Tensor, out: Tensor | None = None) -> Tensor:
         """-1, 0 or 1 of every value of these rows, f32 [rows, groups, columns], written to ``out`` if that is given."""
@@ -142,7 +186,10 @@ class Grid:
 
 def _parts(w: Tensor) -> Iterator[slice]:
     """Slices of all rows, as many at a time as are worked on; none of a stand-in."""
-    return row_parts(*w.shape) if has_data(w) else iter(())
+    if not has_data(w):
+        return iter(())
+    rows, step = w.shape[0], max(1, AT_ONCE // max(1, w.shape[1]))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _magnitude(w: Tensor) -> Tensor:
@@ -155,29 +202,23 @@ def _room(name: str, w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return scratch(f"ternary {name}", tuple(w.shape), dtype, w.device)
 
 
-def _least_squares(w: Tensor, grid: Grid, moments: Tensor | None) -> Tensor:
+def _least_squares(magnitude: Tensor, ones: Tensor, groups: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``sum(w q)`` and ``sum(q^2)`` by row and group, in fp64; ``magnitude`` is overwritten."""
+    if weight is None:
+        below = ones.view(ones.shape[0], groups, -1).sum(-1)  # of whole numbers: exact as it is
+        kept = torch.mul(magnitude, ones, out=_room("double", ones, torch.float64))
+        return _row_sums(kept, groups), below.double()
+    counted = ones * weight
+    below = _row_sums(counted, groups)
+    return _row_sums(counted.mul_(magnitude), groups), below
+
+
+def _quotient(above: Tensor, below: Tensor, mean: Tensor) -> Tensor:
     """The scale of least squared error; where nothing counts, the mean magnitude."""
-    groups, shape = grid.scale.shape[1], tuple(grid.scale.shape)
-    above = torch.zeros((w.shape[0], groups), dtype=torch.float64, device=w.device)
-    below = torch.zeros_like(above)
-    weight = None if moments is None else moments.to(w.device, torch.float64)
-    for part in _parts(w):
-        magnitude = _magnitude(w[part])
-        counted = grid.rows(part)._ones(magnitude, _room("ones", w[part]))
-        if weight is not None:
-            counted = counted * weight
-        below[part] = counted.view(*above[part].shape, -1).sum(-1)  # whole numbers, or fp64
-        above[part] = _row_sums(counted.mul_(magnitude), groups)
-    above, below = _over_all(above, shape), _over_all(below, shape)
-    return torch.where(below > 0, above / below, grid.scale.double()).float().clamp(min=SMALLEST)
+    return torch.where(below > 0, above / below, mean.double()).float().clamp(min=SMALLEST)
 
 
 def _row_sums(values: Tensor, groups: int) -> Tensor:
     """Sums of every row by group, in fp64: [rows, in]  ->  [rows, groups]."""
     double = values if values.dtype == torch.float64 else _room("double", values, torch.float64).copy_(values)
     return double.view(values.shape[0], groups, -1).sum(-1)
-
-
-def _over_all(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sums by row and group, as those of one scale for the whole tensor where the shape says so."""
-    return sums.sum().view(1, 1) if tuple(shape) == (1, 1) and sums.shape[0] > 1 else sums

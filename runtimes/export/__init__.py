@@ -30,6 +30,10 @@ ONNX_OPTIONS = ("kv",)
 """The options of the target onnx."""
 
 
+JOINT = ("safetensors",)
+"""The targets that hold two models that were joined."""
+
+
 def default_dtype(target: str) -> str:
     """The dtype of floating tensors where none is given."""
     return "bf16" if target in BF16 else "fp16"
@@ -78,7 +82,27 @@ def find(target: str) -> Callable[..., ExportReport]:
         fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(known)}"
         raise QcError(f"no export target is called {target!r}", fix=fix)
     found: Callable[..., ExportReport] = _module(target).export
-    return partial(found, target=target) if target in SERVING else found
+    if target in JOINT:
+        return found
+    return partial(_export, partial(found, target=target) if target in SERVING else found, target)
+
+
+def _export(export: Callable[..., ExportReport], name: str, graph: Any, *args: Any, **options: Any) -> ExportReport:
+    """Export a graph of one model."""
+    for error in _joined(name, graph):
+        raise error
+    return export(graph, *args, **options)
+
+
+def _joined(target: str, graph: Any) -> list[QcError]:
+    """Two models in one are no model that anything else reads."""
+    from graph.joint import is_joint, names_of
+
+    if target in JOINT or not is_joint(graph):
+        return []
+    what = f"the graph joins {' and '.join(vars(names_of(graph)).values())}, and {target} holds one model"
+    fix = "export a stage from before attach-memory; qc generate --context runs both"
+    return [QcError(what, fix=fix)]
 
 
 def _module(target: str) -> Any:
@@ -87,6 +111,9 @@ def _module(target: str) -> Any:
 
 def obstacles(target: str, graph: Any, dtype: str, options: Mapping[str, Any]) -> list[QcError]:
     """What stands in the way of an export, as far as shapes tell; only some targets can say."""
+    joined = _joined(target, graph)
+    if joined:
+        return joined
     check = getattr(_module(target), "check", None)
     own = {"target": target, "dtype": dtype} if target in SERVING else {}
     return [] if check is None else list(check(graph, **own, **options))

@@ -45,8 +45,8 @@ def export(
 
     Tokenizer and the rest as in the target safetensors. Raises all that is in the way before any work.
     """
-    packed, kept, errors = split(graph)
-    errors += problems(graph.config) + [error for one in packed if (error := _misfit(graph, one))]
+    packed, kept, _ = split(graph)
+    errors = check(graph)
     if dtype != "fp16":
         errors.append(QcError(f"a ternary GGUF file keeps floats in fp16, not {dtype}", fix="set dtype to fp16"))
     raise_all([*errors, *in_the_way(out, source, tokenizer, force)])
@@ -62,6 +62,12 @@ def export(
             write_json(new / "generation_config.json", generation_config_of(graph))
         sign(new, {"format": "qc-export", "version": 1, "target": "gguf", "dtype": dtype, **(about or {})})
     return ExportReport(out, "gguf", dtype, sizes_of(out), {"tensors": len(tensors), "ternary": len(packed)})
+
+
+def check(graph: Graph) -> list[QcError]:
+    """All that stands in the way of an export, from shapes alone."""
+    packed, _, errors = split(graph)
+    return errors + problems(graph.config) + [error for one in packed if (error := _misfit(graph, one))]
 
 
 def _misfit(graph: Graph, one: Packed) -> QcError | None:

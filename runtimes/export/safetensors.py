@@ -64,6 +64,11 @@ def export(
     return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
 
 
+def check(graph: Graph) -> list[QcError]:
+    """All that stands in the way of an export, from shapes alone."""
+    return (Parts(graph).checkpoints() if is_joint(graph) else checkpoint_tensors(graph))[1]
+
+
 def _describe(graph: Graph, folder: Path, dtype: Dtype, carried: Path | None) -> None:
     """Write what transformers reads beside the weights of a model."""
     write_json(folder / "config.json", config_of(graph, dtype))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graph import Graph, raise_all
+from graph import Graph, QcError, raise_all
 from graph.formats.ternary_file import Packed, account, described, split
 from graph.formats.ternary_rule import SMALLEST
 from graph.weights import Entry, sha256, tensor_sha256, write
@@ -70,6 +70,11 @@ def export(
         sign(new, {"format": "qc-export", "version": 1, "target": "ternary", "dtype": dtype, **(about or {})})
     said = {"arithmetic": sizes.arithmetic(), "dequantized_bytes": floats.bytes}
     return ExportReport(out, "ternary", dtype, sizes_of(out), figures | said)
+
+
+def check(graph: Graph) -> list[QcError]:
+    """All that stands in the way of an export, from shapes alone."""
+    return split(graph)[2]
 
 
 def _write(graph: Graph, new: Path, packed: list[Packed], entries: list[Entry]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a linear or an embedding multiplies with, as packed in the file as ONNX can hold it.
 
-    int8, int2 … int6, fp8   DequantizeLinear(codes, scale), by row or by block
+    int8, int2 … int6, fp8   DequantizeLinear(codes, scale), by row or by block; ternary too, as integers of 2 bits
     nf4, fp4, lut, nvfp4, …  Gather(levels, codes), times scales by block or of low rank
 
 A linear reads its weight [in, out]: so it lies in the file, unless something else reads it too. ONNX has integers of 2,
@@ -25,6 +25,7 @@ from graph.formats.scaled import ELEMENTS
 from graph.formats.scales_of import read_scales
 from graph.formats.ste import to_fp16
 from graph.formats.stored import DEQUANTIZE, arguments, packed_tensors, weight_name
+from graph.formats.trits import unpack_trits
 from graph.ops import op_name
 from graph.sites import Site, node_name
 from runtimes.onnx.lowering import Lowering, dtype_of, lowers, tensor_of, type_of
@@ -100,6 +101,8 @@ class _Weight:
             return self._four_bit()
         if op == "qc.dequantize_lut":
             return self._lut()
+        if op == "qc.dequantize_ternary":
+            return self._ternary()
         what = f"{self.name} is still a float weight that is packed anew each time it is read"
         raise QcError(what, site=self.site.name, fix="run freeze-q before the export")
 
@@ -193,14 +196,20 @@ class _Weight:
             bits = ELEMENTS[kind].bits
             wide = next(width for width in (2, 4, 8) if width >= bits)
             codes = self.codes(f"INT{wide}", lambda: self._signed(bits))
+        return self.dequantized(codes, count, self._read_scales)
+
+    def _ternary(self) -> str:
+        """Trits times scales: rounding the scale to the dtype of the model rounds the product."""
+        count, packing = int(self.given["scale"].meta["val"].shape[1]), self.given["packing"]
+        codes = self.codes("INT2", lambda: unpack_trits(self.sides()["indices"], packing, self.columns) - 1)
+        return self.dequantized(codes, count, lambda: self.sides()["scale"].float().expand(self.rows, -1).contiguous())
+
+    def dequantized(self, codes: str, count: int, load: Callable[[], Tensor]) -> str:
+        """Codes times ``count`` scales a row; ``load`` gives those, f32 [out, count]."""
         if count == 1:
-            scale = self.held(
-                "scale", *self.scale_type((self.rows,)), lambda: self.as_scales(self._read_scales()[:, 0])
-            )
+            scale = self.held("scale", *self.scale_type((self.rows,)), lambda: self.as_scales(load()[:, 0]))
             return self.scaled(codes, scale, columns=0)
-        scale = self.held(
-            "scale", *self.scale_type(self.shape(count)), lambda: self.as_scales(self.lying(self._read_scales()))
-        )
+        scale = self.held("scale", *self.scale_type(self.shape(count)), lambda: self.as_scales(self.lying(load())))
         return self.scaled(codes, scale, columns=self.columns // count)
 
     def _read_scales(self) -> Tensor:

@@ -67,7 +67,7 @@ def test_options_of_a_target_stand_with_that_target(argv: list[str], text: str, 
 
 
 def test_the_shipped_recipes_are_listed(tmp_path: Path) -> None:
-    names = {"awareness", "awareness-degrade", "awareness-int8", "fp16", "qlora", "quickstart"}
+    names = {"awareness", "awareness-degrade", "awareness-fp8", "awareness-int8", "fp16", "qlora", "quickstart"}
     found = answer(qc("recipes", "list", "--json", cwd=tmp_path))
     assert names <= {one["name"] for one in found}
     assert all(one.keys() == {"name", "about"} and one["about"] for one in found)
@@ -114,7 +114,7 @@ SILLY = [
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",
-     "give a path, or one of awareness, awareness-degrade, awareness-int8, fp16, kd-cache, lut-layerwise, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart, ternary, ternary-handoff, ternary-quality, ternary-speed"),
+     "give a path, or one of awareness, awareness-degrade, awareness-fp8, awareness-int8, fp16, kd-cache, lut-layerwise, lut-q4-to-q2, lut-v1-to-v2, lut-v2-scratch, qlora, quickstart, ternary, ternary-handoff, ternary-quality, ternary-speed"),
     ("show tiny", "tiny is neither an artifact nor a run nor a recipe",
      "give a folder that qc compile wrote, or a recipe"),
     ("show recipe.yaml --stage tun", "recipe.yaml has no stage 'tun'", "its stages are tune, merge"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graph.formats import FourBit, Scaled, native
 from graph.formats.scaled_parts import nearest
+from graph.formats.ternary_rule import TernaryRule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FORMS: list[Scaled | FourBit] = [
@@ -164,6 +165,29 @@ def test_it_is_built_once_and_again_for_another_source(
     assert packs() and packs() and len(built) == 1
     assert [file.suffix for file in afresh.iterdir()] == [".so"], "nothing else is left behind"
     source = tmp_path / "packing.c"
-    source.write_text(native.SOURCE.read_text() + "/* another */")
-    monkeypatch.setattr(native, "SOURCE", source)
+    source.write_text(native.SOURCES[0].read_text() + "/* another */")
+    monkeypatch.setattr(native, "SOURCES", (source, *native.SOURCES[1:]))
     assert packs() and len(built) == 2
+
+
+TERNARY = [
+    TernaryRule(rule, tau, fit, group)  # type: ignore[arg-type]
+    for rule, tau in (("dead-zone", 0.7), ("dead-zone", 0.1), ("round-clip", None))
+    for fit in ("absmean", "least-squares")
+    for group in (16, 48, 384)
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("rule", TERNARY, ids=str)
+def test_ternary_weights_are_those_of_the_torch_ops(rule: TernaryRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = odd_weight(torch.float32)
+    made, asked = torch.empty_like(w), torch.empty_like(w)
+    found = rule.fitted(w, out=made)
+    again = found.dense(w)
+    in_torch(monkeypatch)
+    wanted = rule.fitted(w, out=asked)
+    assert found.threshold.equal(wanted.threshold)
+    assert found.scale.equal(wanted.scale)
+    assert made.view(torch.int32).equal(asked.view(torch.int32))  # zeros of both signs
+    assert again.view(torch.int32).equal(asked.view(torch.int32))

@@ -8,6 +8,9 @@ from typing import Any
 import onnx
 import pytest
 
+from passes.freeze_ternary import FreezeTernary
+from passes.runner import apply
+from passes.ternary_ste import TernarySte
 from tests.runtimes.ane.models import quantized, random
 from tests.runtimes.onnx.running import difference, written
 
@@ -24,6 +27,21 @@ from tests.runtimes.onnx.running import difference, written
 def test_packed_weights_compute_what_their_graph_does(scheme: str, options: dict[str, Any], tmp_path: Path) -> None:
     graph = quantized(random("qwen3"), scheme, **options)
     assert difference(graph, written(graph, tmp_path / "out")) < 5e-6
+
+
+@pytest.mark.parametrize("packing", ["2bit", "trit5"])
+@pytest.mark.parametrize(
+    "shared", [{"granularity": "channel"}, {"granularity": "group", "group": 16}, {"granularity": "tensor"}]
+)
+def test_ternary_weights_are_integers_of_two_bits(packing: Any, shared: dict[str, Any], tmp_path: Path) -> None:
+    graph = random("qwen3")
+    apply(TernarySte(**shared), graph, check=False)
+    apply(FreezeTernary(packing=packing), graph, check=False)
+    folder = written(graph, tmp_path / "out")
+    assert difference(graph, folder) < 5e-6
+    held = {tensor.name: tensor for tensor in onnx.load(str(folder / "model.onnx")).graph.initializer}
+    codes = held["model.layers.0.mlp.up_proj.weight.codes"]
+    assert (codes.data_type, len(codes.raw_data)) == (onnx.TensorProto.INT2, 512)
 
 
 def test_int4_lies_in_half_bytes_and_is_never_unpacked(tmp_path: Path) -> None:

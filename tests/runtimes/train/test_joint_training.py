@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from graph.weights import tensor_sha256
 from passes.degrade import Degrade
 from passes.runner import apply
 from runtimes.data import Batch
+from runtimes.settings import PythonStdlib
 from runtimes.train.checkpoints import load
 from runtimes.train.distribute import Processes
 from runtimes.train.groups import members, optimizer
@@ -87,7 +89,7 @@ def test_a_training_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path, trai
 def test_a_degraded_base_is_itself_again_in_the_end(tmp_path: Path) -> None:
     graph = tiny_graph()
     apply(Degrade(until=0.5), graph, check=False)
-    student = Student(graph, settings(), Processes(tmp_path, ()))
+    student = Student(graph, replace(settings(), data=PythonStdlib()), Processes(tmp_path, ()))
     ids = torch.arange(12).reshape(2, 6)
     batch = Batch(ids, torch.ones_like(ids), ids)
     with torch.no_grad():

@@ -81,7 +81,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, float]:
 
 def test_training_recovers_most_of_what_rounding_cost(losses: Mapping[str, float]) -> None:
     assert math.exp(losses["recovered"] - losses["full"]) <= 1.2, losses
-    assert math.exp(losses["recovered"] - losses["compiled"]) <= 0.5, losses
+    assert math.exp(losses["recovered"] - losses["control"]) <= 1.15, losses
+    cost = losses["compiled"] - losses["full"]
+    assert cost > 0.1 and losses["recovered"] - losses["full"] <= 0.1 * cost, losses
 
 
 def test_packing_and_handing_over_change_nothing(losses: Mapping[str, float]) -> None:
