@@ -37,12 +37,12 @@ class Encoder(nn.Module):
 
     def __init__(self, embedding: Tensor):
         super().__init__()
-        self.register_buffer("embedding", embedding.detach().clone())
+        self.embedding = nn.Embedding.from_pretrained(embedding.detach().clone())
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 96, dropout=0.0, batch_first=True)
         self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, keys: Tensor, values: Tensor) -> Tensor:
-        found: Tensor = self.blocks(self.embedding[keys] + self.embedding[values])
+        found: Tensor = self.blocks(self.embedding(keys) + self.embedding(values))
         return found
 
 
@@ -59,7 +59,7 @@ def asked(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 def test_it_is_looked_up_with_the_right_memory_and_with_no_other() -> None:
     graph, generator = decoder(), torch.Generator().manual_seed(0)
     encoder = Encoder(graph.tensor("model.embed_tokens.weight"))
-    trained = [*encoder.parameters(), *(p for p in graph.module.parameters() if p.requires_grad)]
+    trained = [p for module in (encoder, graph.module) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
     for _ in range(1200):
         keys, values, text, answers = asked(BATCH, generator)
