@@ -198,10 +198,12 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
     sides = [side for side in site.tensors() if side.startswith(f"{name}.")]
     unlink_fused(graph, name)
     reader, users = site.input(0), list(node.users)
+    reads = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target in sides]
+    unread = [n for n in {*reads, *node.all_input_nodes} if n is not reader]
     node.replace_all_uses_with(reader)
     graph.module.graph.erase_node(node)
     _stand_in([reader], name)
-    graph.module.graph.eliminate_dead_code()
+    _erase_unread(graph, unread)
     for side in sides:
         graph.remove_tensor(side)
     graph.module.delete_submodule(name)  # the empty place of the side tensors; a parameter cannot share its name
@@ -221,6 +223,15 @@ def _stand_in(readers: list[fx.Node], target: str) -> None:
     """Let the old readers hold the place for their users until what they shall read is there."""
     for reader in readers:
         reader.target = target
+
+
+def _erase_unread(graph: Graph, nodes: list[fx.Node]) -> None:
+    """Erase those that nothing reads, and what nothing but them read; a search through all of a graph takes longer."""
+    while nodes:
+        node = nodes.pop()
+        if not node.users and node.op != "placeholder" and not node._erased:
+            nodes += node.all_input_nodes
+            graph.module.graph.erase_node(node)
 
 
 def _replace(graph: Graph, readers: list[fx.Node], view: fx.Node) -> None:
