@@ -20,8 +20,8 @@ from graph.inputs import largest_inputs
 from graph.weights import Entry, write
 from runtimes.ane.ranges import calibration as calibration_rows
 from runtimes.export import ExportReport
-from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
-from runtimes.export.safetensors import DTYPES, Counted, config_of, generation_config_of
+from runtimes.export._folder import in_the_way, replacing, sign, sizes_of, write_json
+from runtimes.export.safetensors import DTYPES, Counted, describe
 from runtimes.serving import config, layout
 from runtimes.serving.plan import Part, Plan, make_plan, unshared
 from runtimes.serving.settings import Dialect, Scheme, Serving, Target
@@ -68,14 +68,9 @@ def export(
         entries += _Written(plan, part, largest, DTYPES[dtype]).entries()
     with replacing(out, force) as new:
         write(new, entries, stem="model", max_shard=max_shard)
-        said = config.quantization_config(plan, DTYPES[dtype])
-        write_json(new / "config.json", config_of(graph, dtype) | {"quantization_config": said})
+        describe(graph, new, dtype, carried, {"quantization_config": config.quantization_config(plan, DTYPES[dtype])})
         if settings.dialect == "modelopt":
             write_json(new / "hf_quant_config.json", config.hf_quant_config(plan))
-        if carried is not None:
-            carry(carried, new)
-        if graph.kind == "causal-lm" and not (new / "generation_config.json").is_file():
-            write_json(new / "generation_config.json", generation_config_of(graph))
         sign(new, _head(settings, dtype, largest) | dict(about or {}))
     return ExportReport(out, target, dtype, sizes_of(out), count.figures() | {"packed": len(plan.parts)})
 

@@ -24,8 +24,8 @@ from graph.formats.trits import unpack_trits
 from graph.ops import op_name
 from graph.weights import Entry, write
 from runtimes.export import ExportReport
-from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
-from runtimes.export.safetensors import DTYPES, Dtype, config_of, generation_config_of
+from runtimes.export._folder import in_the_way, replacing, sign, sizes_of
+from runtimes.export.safetensors import DTYPES, Dtype, describe
 
 
 def export(
@@ -46,17 +46,12 @@ def export(
     packed, kept, errors = split(graph)
     errors += [error for one in packed for error in _misfits(graph, one)]
     raise_all([*errors, *in_the_way(out, source, tokenizer, force)])
-    carried = tokenizer or source
     scales = {one.name.removesuffix(".weight"): one for one in packed}
     with replacing(out, force) as new:
         entries = [entry for one in packed for entry in _entries(graph, one, DTYPES[dtype])]
         entries += [_kept(graph, one, scales, DTYPES[dtype]) for one in kept]
         write(new, entries, stem="model", max_shard=max_shard)
-        write_json(new / "config.json", config_of(graph, dtype) | {"quantization_config": _settings(graph, packed)})
-        if carried is not None:
-            carry(carried, new)
-        if not (new / "generation_config.json").is_file():
-            write_json(new / "generation_config.json", generation_config_of(graph))
+        describe(graph, new, dtype, tokenizer or source, {"quantization_config": _settings(graph, packed)})
         sign(new, {"format": "qc-export", "version": 1, "target": "bitnet", "dtype": dtype, **(about or {})})
     return ExportReport(out, "bitnet", dtype, sizes_of(out), {"ternary": len(packed), "tensors": len(entries)})
 

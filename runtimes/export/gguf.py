@@ -23,9 +23,9 @@ from graph.dense import Dense
 from graph.formats.ternary_file import Packed, split
 from graph.formats.trits import unpack_trits
 from runtimes.export import ExportReport
-from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
+from runtimes.export._folder import in_the_way, replacing, sign, sizes_of
 from runtimes.export._gguf import BLOCK, Encoded, package, problems, tq1_0, tq2_0, write
-from runtimes.export.safetensors import config_of, generation_config_of
+from runtimes.export.safetensors import describe
 
 FILE = "model.gguf"
 
@@ -55,11 +55,7 @@ def export(
     tensors = [_ternary(graph, one) for one in packed] + [_float(one) for one in kept]
     with replacing(out, force) as new:
         write(new / FILE, graph.config, tensors, carried)
-        write_json(new / "config.json", config_of(graph, "fp16"))
-        if carried is not None:
-            carry(carried, new)
-        if not (new / "generation_config.json").is_file():
-            write_json(new / "generation_config.json", generation_config_of(graph))
+        describe(graph, new, "fp16", carried)
         sign(new, {"format": "qc-export", "version": 1, "target": "gguf", "dtype": dtype, **(about or {})})
     return ExportReport(out, "gguf", dtype, sizes_of(out), {"tensors": len(tensors), "ternary": len(packed)})
 

@@ -55,7 +55,7 @@ def export(
         for name, model in (parts.models if parts is not None else {"": graph}).items():
             (new / name).mkdir(exist_ok=True)
             write(new / name, [count.entry(tensor) for tensor in tensors[name]], stem="model", max_shard=max_shard)
-            _describe(model, new / name, dtype, carried[name])
+            describe(model, new / name, dtype, carried[name])
         if parts is not None:
             write(new, parts.entries(DTYPES[dtype]), stem=MEMORY, max_shard=max_shard)
             write_json(new / f"{MEMORY}.json", parts.about())
@@ -69,9 +69,11 @@ def check(graph: Graph) -> list[QcError]:
     return (Parts(graph).checkpoints() if is_joint(graph) else checkpoint_tensors(graph))[1]
 
 
-def _describe(graph: Graph, folder: Path, dtype: Dtype, carried: Path | None) -> None:
-    """Write what transformers reads beside the weights of a model."""
-    write_json(folder / "config.json", config_of(graph, dtype))
+def describe(
+    graph: Graph, folder: Path, dtype: Dtype, carried: Path | None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write what transformers reads beside the weights of a model; ``more`` goes into its ``config.json``."""
+    write_json(folder / "config.json", {**config_of(graph, dtype), **(more or {})})
     if carried is not None:
         carry(carried, folder)
     if graph.kind == "causal-lm" and not (folder / "generation_config.json").is_file():
