@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from graph import QcError
 from graph.weights import sha256
@@ -82,6 +85,24 @@ def same_tokens(said: list[list[int]] | None, tokenizer: Any) -> Finding:
     wanted = said if tokenizer is None else [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
     same = said == wanted
     return Finding("tokenizer", same, f"{len(PROBE_TEXTS)} texts, the same tokens" if same else "gives other tokens")
+
+
+def exchanged(
+    worker: str, folder: Path, given: dict[str, Tensor], asked: dict[str, str] | None, timeout: float
+) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
+    """What ``worker`` makes of these tensors in a process of its own, and the facts it tells; or why there is none."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
+        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
+        save_file(given, inputs, metadata=asked)
+        failed = read_afresh(f"runtimes.verify.{worker}", folder, inputs, outputs, timeout)
+        if failed is not None:
+            return failed
+        with safe_open(outputs, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+        return load_file(outputs), facts
 
 
 def read_afresh(module: str, folder: Path, inputs: Path, outputs: Path, timeout: float) -> str | None:

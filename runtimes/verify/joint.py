@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ from torch import Tensor
 
 from graph import Graph
 from graph.joint import take_apart
-from graph.probe import psnr_db, vocabulary
-from runtimes.verify.findings import Finding, hashes, read_about, read_afresh
-from runtimes.verify.weights import DTYPES, ROUNDED_DB, WRITTEN_DB, Rounded, Verification, texts_found, unread
+from graph.probe import vocabulary
+from runtimes.verify.findings import Finding, exchanged, hashes, read_about
+from runtimes.verify.weights import DTYPES, Rounded, Verification, compared, texts_found, unread
 
 
 def verify_joint(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
@@ -52,17 +50,8 @@ def probe_of(graph: Graph) -> dict[str, Tensor]:
 
 def _read(folder: Path, probe: dict[str, Tensor], timeout: float) -> tuple[Tensor | str, dict[str, Any]]:
     """The logits of the reader and its facts, or why there are none."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
-        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
-        save_file(probe, inputs)
-        failed = read_afresh("runtimes.verify.joint_worker", folder, inputs, outputs, timeout)
-        if failed is not None:
-            return failed, {}
-        with safe_open(outputs, framework="pt") as file:
-            return file.get_tensor("logits"), json.loads(file.metadata()["facts"])
+    read = exchanged("joint_worker", folder, probe, None, timeout)
+    return (read, {}) if isinstance(read, str) else (read[0]["logits"], read[1])
 
 
 def _compared(
@@ -81,14 +70,4 @@ def _compared(
         rounded = Rounded(graph, DTYPES[dtype], packed=[name.rpartition(".")[0] for name in kept])
         exact = rounded.run_with(inputs).float().cpu()
     at = probe["attention_mask"].bool()
-    ours, exact, theirs = ours[at], exact[at], logits[at]
-    written_db, rounded_db = psnr_db(exact, theirs), psnr_db(ours, theirs)
-    difference = (theirs.double() - ours.double()).abs().max().item()
-    top1 = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
-    floor = ROUNDED_DB[dtype]
-    price = f"{rounded_db:.1f} dB PSNR of {floor:g} dB, max |Δ| {difference:.2g}, top-1 agreement {top1:.1%}"
-    numbers = (
-        Finding("written right", written_db >= WRITTEN_DB, f"{written_db:.1f} dB PSNR of {WRITTEN_DB:g} dB"),
-        Finding(f"rounded to {dtype}", rounded_db >= floor, price),
-    )
-    return Verification((*before, *numbers, *after), written_db, rounded_db, difference, top1)
+    return compared(before, exact[at], ours[at], logits[at], dtype, after)

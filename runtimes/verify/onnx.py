@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from graph import Graph
 from graph.probe import psnr_db, vocabulary
-from runtimes.verify.findings import Finding, Report, hashes, read_about, read_afresh, same_tokens
+from runtimes.verify.findings import Finding, Report, exchanged, hashes, read_about, same_tokens
 from runtimes.verify.onnx_file import weights_lie, weights_size
 from runtimes.verify.probes import PROMPTS
 
@@ -107,21 +106,10 @@ def _read(
     folder: Path, probes: Sequence[Probe], loose: bool, timeout: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
     """What ONNX Runtime computes, in a process of its own; or why it does not."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     given = {f"ids_{i}": probe.ids for i, probe in enumerate(probes)}
     given |= {f"mask_{i}": probe.mask for i, probe in enumerate(probes)}
     asked = {"pieces": [probe.pieces for probe in probes], "loose": loose}
-    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
-        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
-        save_file(given, inputs, metadata={"asked": json.dumps(asked)})
-        failed = read_afresh("runtimes.verify.onnx_worker", folder, inputs, outputs, timeout)
-        if failed is not None:
-            return failed
-        with safe_open(outputs, framework="pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-        return load_file(outputs), facts
+    return exchanged("onnx_worker", folder, given, {"asked": json.dumps(asked)}, timeout)
 
 
 def _of_graph(exact: Graph, probe: Probe) -> Tensor:

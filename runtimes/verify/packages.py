@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ from runtimes.coreml.meta import Meta, read_meta
 from runtimes.generate import Generator
 from runtimes.mil import MODES
 from runtimes.sampling import Sampling
-from runtimes.verify.findings import Finding, Report, hashes, read_about, read_afresh, same_tokens
+from runtimes.verify.findings import Finding, Report, exchanged, hashes, read_about, same_tokens
 from runtimes.verify.probes import Row, decoder_rows, encoder_rows, greedy_prompts, greedy_tokens, memory_probe
 from runtimes.verify.similarities import ranked, sentence_rows, similarities
 
@@ -97,9 +96,6 @@ def _read(
     folder: Path, meta: Meta, rows: list[Row], texts: Mapping[str, list[list[int]]], timeout: float
 ) -> _Read | str:
     """What the packages compute, in a process of its own; or why it does not."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     given = {f"row_{i}": torch.tensor(row.ids) for i, row in enumerate(rows)}
     given |= memory_probe(meta)
     given |= {f"{kind}_{i}": torch.tensor(ids) for kind, of in texts.items() for i, ids in enumerate(of)}
@@ -108,15 +104,8 @@ def _read(
         "tokens": greedy_tokens(meta),
         "kind": meta.kind,
     }
-    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
-        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
-        save_file(given, inputs, metadata={"asked": json.dumps(asked)})
-        failed = read_afresh("runtimes.verify.packages_worker", folder, inputs, outputs, timeout)
-        if failed is not None:
-            return failed
-        with safe_open(outputs, framework="pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-        return _Read(load_file(outputs), facts)
+    read = exchanged("packages_worker", folder, given, {"asked": json.dumps(asked)}, timeout)
+    return read if isinstance(read, str) else _Read(*read)
 
 
 def _in_fp32(graph: Graph) -> Graph:

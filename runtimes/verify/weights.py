@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +24,7 @@ from graph.probe import psnr_db, vocabulary
 from graph.sites import Site
 from graph.weights import read_header
 from runtimes.export import ABOUT
-from runtimes.verify.findings import PROBE_TEXTS, Finding, Report, hashes, read_about, read_afresh
+from runtimes.verify.findings import PROBE_TEXTS, Finding, Report, exchanged, hashes, read_about
 
 Probe: TypeAlias = tuple[Tensor, Tensor]
 """Tokens and mask, [B, T] each."""
@@ -101,7 +100,16 @@ def _compared(
     rounded = Rounded(graph, DTYPES[dtype])
     ours = at_tokens([as_it_is(graph, *probe) for probe in probes], probes)
     exact = at_tokens([rounded.run_on(*probe) for probe in probes], probes)
-    theirs = at_tokens(read, probes)
+    return compared(before, exact, ours, at_tokens(read, probes), dtype, after)
+
+
+def compared(
+    before: Sequence[Finding], exact: Tensor, ours: Tensor, theirs: Tensor, dtype: str, after: Sequence[Finding]
+) -> Verification:
+    """What an export computes, against its graph and against that with weights rounded to ``dtype``.
+
+    exact, ours, theirs: [tokens, d], of the rounded graph, of the graph and of the export
+    """
     written_db, rounded_db = psnr_db(exact, theirs), psnr_db(ours, theirs)
     difference = (theirs.double() - ours.double()).abs().max().item()
     top1 = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
@@ -177,22 +185,15 @@ def read_export(
 
     It loads the export in the dtype ``compute``, and tells the sha256 of the weights of ``modules`` as it unpacks them.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     named = {f"ids_{i}": ids for i, (ids, _) in enumerate(probes)} | {
         f"mask_{i}": mask for i, (_, mask) in enumerate(probes)
     }
-    with tempfile.TemporaryDirectory(prefix="qc-verify-") as temporary:
-        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
-        asked = {"kind": graph.kind, "dtype": compute, "modules": json.dumps(list(modules))}
-        save_file(named, inputs, metadata=asked)
-        failed = read_afresh("runtimes.verify.weights_worker", folder, inputs, outputs, timeout)
-        if failed is not None:
-            return failed, {}
-        with safe_open(outputs, framework="pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            return [file.get_tensor(f"out_{i}") for i in range(len(probes))], facts
+    asked = {"kind": graph.kind, "dtype": compute, "modules": json.dumps(list(modules))}
+    read = exchanged("weights_worker", folder, named, asked, timeout)
+    if isinstance(read, str):
+        return read, {}
+    tensors, facts = read
+    return [tensors[f"out_{i}"] for i in range(len(probes))], facts
 
 
 def texts_found(facts: dict[str, Any], kind: str, tokenizer: Any) -> list[Finding]:
