@@ -114,16 +114,21 @@ def add_memory_inputs(graph: Graph, width: int, separate: bool) -> tuple[fx.Node
     mask = graph.add_input(MASK, torch.empty(0, dtype=torch.long), dims=("B", "M"))
     ids = next(n for n in graph.module.graph.nodes if n.op == "placeholder")
 
-    def insert(op: str, *args: Any, name: str) -> fx.Node:
-        node = graph.insert(op, *args, name=f"memory/{name}", before=first, role="gca.memory")
-        node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k in ("site", "role")}
-        return node
-
-    batch = insert("aten.sym_size.int", ids, 0, name="batch")
-    tokens = insert("qc.memory_tokens", memory, batch, width, graph.dtype, graph.device, name="tokens")
+    batch = insert_of_memory(graph, "aten.sym_size.int", ids, 0, name="batch", before=first)
+    about = (width, graph.dtype, graph.device)
+    tokens = insert_of_memory(graph, "qc.memory_tokens", memory, batch, *about, name="tokens", before=first)
     set_tag(tokens, model_dtype=True)
-    values = tokens if value is None else insert("qc.memory_values", value, tokens, name="values")
-    return tokens, values, insert("qc.memory_seen", mask, tokens, name="seen")
+    values = tokens
+    if value is not None:
+        values = insert_of_memory(graph, "qc.memory_values", value, tokens, name="values", before=first)
+    return tokens, values, insert_of_memory(graph, "qc.memory_seen", mask, tokens, name="seen", before=first)
+
+
+def insert_of_memory(graph: Graph, op: str, *args: Any, name: str, before: fx.Node) -> fx.Node:
+    """Insert an op on the memory, which belongs to no block."""
+    node = graph.insert(op, *args, name=f"memory/{name}", before=before, role="gca.memory")
+    node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k in ("site", "role")}
+    return node
 
 
 Memory = tuple[fx.Node, fx.Node, fx.Node]

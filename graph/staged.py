@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graph.core import Graph
-from graph.gca import Inserted, Memory
+from graph.gca import Inserted, Memory, insert_of_memory
 from graph.memory import memory_weights
 from graph.ops import op
 from graph.sites import node_name, set_tag, tag
@@ -67,15 +67,9 @@ def token_weights(weights: Tensor, last: Tensor) -> Tensor:
 def insert_last_tokens(graph: Graph, memory: Memory) -> fx.Node:
     """Which tokens of the memory are the last of their document."""
     tokens, _, seen = memory
-    mask = seen.args[0]
-
-    def insert(op: str, *args: Any, name: str, after: fx.Node) -> fx.Node:
-        node = graph.insert(op, *args, name=f"memory/{name}", before=after.next, role="gca.memory")
-        node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k in ("site", "role")}
-        return node
-
-    documents = insert("qc.memory_documents", mask, tokens, name="documents", after=seen)
-    return insert("qc.last_tokens", documents, name="last", after=documents)
+    read = (seen.args[0], tokens)
+    documents = insert_of_memory(graph, "qc.memory_documents", *read, name="documents", before=seen.next)
+    return insert_of_memory(graph, "qc.last_tokens", documents, name="last", before=documents.next)
 
 
 def weigh_documents(graph: Graph, coarse: Inserted, last: fx.Node, per_position: bool) -> fx.Node:
