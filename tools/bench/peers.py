@@ -215,6 +215,10 @@ def hqq(bench: Bench) -> None:
         seconds = time.perf_counter() - start
         bench.measure(f"HQQ, {bits} bits, groups of {HQQ_GROUP}", bits + 32 / HQQ_GROUP, dense, seconds)
         ours(bench, f"qc, {bits} bits, groups of {HQQ_GROUP}", {"bits": bits, "scale": "group", "group": HQQ_GROUP})
+        if bits == 4:  # at as many bits as HQQ too
+            ours(
+                bench, f"qc, 4 bits, groups of {HQQ_GROUP // 2}", {"bits": 4, "scale": "group", "group": HQQ_GROUP // 2}
+            )
 
 
 def torchao(bench: Bench) -> None:
@@ -256,6 +260,7 @@ def main() -> None:
     said = parser.parse_args()
     warnings.filterwarnings("ignore")
     bench, missing = Bench(said.steps), []
+    bench.measure("FP16", 16, {name: bench.full.tensor(name) for name in bench.weights}, 0)
     for name in said.only:
         if importlib.util.find_spec(name) is None:
             missing.append(name)
