@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from graph.apart import Parcel, divided
 from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.formats.format import has_data
@@ -31,8 +32,10 @@ def sum_of_squares(x: Tensor, attention_mask: Tensor) -> Tensor:
     return counted.flatten(0, -2).sum(0)
 
 
-def second_moments(graph: Graph, linears: Sequence[Site], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """``E[x_i^2]`` of what each linear reads, f32 [in], by the linear's name.
+def second_moments(
+    graph: Graph, linears: Sequence[Site], batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], int]:
+    """``E[x_i^2]`` of what each linear reads, f32 [in], by the linear's name, and over how many tokens that is.
 
     ``batches`` are inputs of the graph, ``input_ids`` and ``attention_mask``. A graph whose weights lie on disk streams
     them; of the activations no more than a vector per linear is kept.
@@ -49,13 +52,18 @@ def second_moments(graph: Graph, linears: Sequence[Site], batches: Iterable[Mapp
     twin.set_outputs(list(sums.values()))
     twin.verify()
     totals, tokens = [torch.zeros(()) for _ in sums], 0
-    for batch in batches:
+
+    def measured(batch: Mapping[str, Tensor]) -> Parcel:
         with torch.no_grad():
             found = twin(**batch)
-        totals = [total + one for total, one in zip(totals, found if len(sums) > 1 else [found], strict=True)]
+        return Parcel({str(n): one for n, one in enumerate(found if len(sums) > 1 else [found])})
+
+    items = ((batch, batch["input_ids"].numel()) for batch in batches)
+    for batch, parcel in divided("moments", measured, items, threads=1):
+        totals = [total + one for total, one in zip(totals, parcel.tensors.values(), strict=True)]
         tokens += int((batch["attention_mask"] > 0).sum())
     means = {x: (total / max(tokens, 1)).float() for x, total in zip(sums, totals, strict=True)}
-    return {linear: means[x] for linear, x in reads.items()}
+    return {linear: means[x] for linear, x in reads.items()}, tokens
 
 
 def keep_moments(graph: Graph, weight: str, linear: Site, moments: Tensor) -> str:

@@ -64,14 +64,16 @@ class Calibrate(Pass):
         linears = self.select.pick(graph.sites("aten.linear"), graph.blocks)
         weights = {site.name: _weight(site) for site in linears}
         bare = [name for name in graph.tensors() if name not in graph.stored and graph.tensor(name).is_meta]
+        seen = self.tokens
         if bare:
             found = {site.name: torch.empty(in_out(site)[0], device="meta") for site in linears}
         elif self.read is None:
             raise QcError("calibrate has no text to read", fix="run it from a recipe, or give it text with reading()")
         else:
-            found = second_moments(graph, linears, self.read(self.data, self.tokens, self.length, self.batch))
+            text = self.read(self.data, self.tokens, self.length, self.batch)
+            found, seen = second_moments(graph, linears, text)
         names = [keep_moments(graph, weights[site.name], site, found[site.name]) for site in linears]
-        return Report(tuple(names), {"linears": len(linears), "tokens": self.tokens})
+        return Report(tuple(names), {"linears": len(linears), "tokens": seen})
 
 
 def _weight(site: Site) -> str:

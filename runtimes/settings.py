@@ -19,6 +19,8 @@ from runtimes.data_settings import PythonStdlib as PythonStdlib
 from runtimes.data_settings import Retrieval as Retrieval
 from runtimes.data_settings import RetrievalTask as RetrievalTask
 from runtimes.data_settings import TextFiles as TextFiles
+from runtimes.data_settings import Texts as Texts
+from runtimes.data_settings import Wikitext as Wikitext
 from runtimes.training_settings import AutoSnap as AutoSnap
 from runtimes.training_settings import Backtrack as Backtrack
 from runtimes.training_settings import Divergence as Divergence
