@@ -148,6 +148,7 @@ _twin(
     routing=_ROUTING | None,
     divergence=_DIVERGENCE | None,
     when=Text | None,
+    memory=Text | None,
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),
