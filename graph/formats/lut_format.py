@@ -201,8 +201,9 @@ class Lut:
 
     def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
         """How far the nearest level is, times the scale; a value that is near two levels may be at either."""
+        w = w.float()
         nearest = LatentWeight(w, packed["lut"], self._factors(packed), self.floor).dense()
-        return (w.float() - nearest).abs_() + ROUNDING * (w.float().abs() + nearest.abs())
+        return (w - nearest).abs_().add_(w.abs().add_(nearest.abs_()), alpha=ROUNDING)
 
     def _factors(self, packed: Mapping[str, Tensor]) -> Factors:
         scale, a, b, g = (packed.get(key) for key in ("scale", "scale_a", "scale_b", "scale_g"))
