@@ -52,7 +52,7 @@ from graph.formats import (
 )
 from graph.formats.ahead import worked_ahead
 from graph.formats.lut_levels import derive_levels
-from graph.moments import take_moments
+from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +70,7 @@ class Read(NamedTuple):
     site: Site
     w: torch.Tensor
     moments: torch.Tensor | None
+    covariance: torch.Tensor | None
     largest: float | None
     """The largest magnitude of all weights that share its global scale."""
 
@@ -160,7 +161,7 @@ class QuantizeBase(Pass):
         for site in sites:
             weight = site.weight()
             if weight is not None:
-                problem = self._problem(weight, site.role, graph.shape(weight))
+                problem = self._problem(weight, site.role, graph.shape(weight)) or self._unused(graph, weight)
             elif packed.isdisjoint(site.tensors()):
                 problem = QcError("the weight is computed in the graph, not stored", fix="exclude it from select")
             else:
@@ -192,6 +193,14 @@ class QuantizeBase(Pass):
             return self.tables.no_size(role)
         return self.form_for(role, shape).problem(weight, shape)
 
+    def _unused(self, graph: Graph, weight: str) -> QcError | None:
+        """A covariance that would change nothing."""
+        if self.scheme != "lut":
+            return unused_covariance(graph, weight, f"{self.scheme} rounds each value to its nearest")
+        if self.tables.form == "latent":
+            return unused_covariance(graph, weight, "a latent weight is rounded to the nearest levels at every step")
+        return None
+
     def run(self, graph: Graph) -> Report:
         """Pack as many weights at once as there are threads; each is read, packed, compared and then let go."""
         figures, changed = Tally(), []
@@ -203,9 +212,7 @@ class QuantizeBase(Pass):
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
         fused = fused_weights(chosen)
         shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
-        read = (
-            Read(n, site, graph.tensor(n).detach(), take_moments(graph, n), shared.get(n)) for n, site in chosen.items()
-        )
+        read = (self._read(graph, name, site, shared.get(name)) for name, site in chosen.items())
         on_host = graph.device.type == "cpu"
         for weight, site, packing in worked_ahead(self._packing, read, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
@@ -217,18 +224,23 @@ class QuantizeBase(Pass):
             link_fused(graph, fused)
         return Report(tuple(changed), figures.summary())
 
+    def _read(self, graph: Graph, name: str, site: Site, largest: float | None) -> Read:
+        moments, covariance = take_moments(graph, name), take_moments(graph, name, COVARIANCE)
+        return Read(name, site, graph.tensor(name).detach(), moments, covariance, largest)
+
     def _packing(self, read: Read) -> tuple[str, Site, Packing]:
         """Pack one weight, and compare it with what it unpacks to."""
-        weight, site, w, moments, largest = read
+        weight, site, w, moments, covariance, largest = read
         form = self.form_for(site.role, tuple(w.shape))
         if isinstance(form, Scaled):
             form = replace(form, largest=largest)
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
+        packed = form.pack(w, moments, covariance) if isinstance(form, Lut) else form.pack(w)
         found = None if w.is_meta else fidelity(form, w, packed)
-        assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        nearest = found is None or found.faithful or covariance is not None
+        assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
         return weight, site, Packing(w, form, packed, found, form.scales_below(packed) if isinstance(form, Lut) else 0)
 
     def _store(self, graph: Graph, weight: str, site: Site, packing: Packing, figures: Tally) -> None:

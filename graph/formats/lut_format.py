@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graph.errors import QcError
 from graph.formats.bits import bits_for, pack_bits, packed_columns
+from graph.formats.feedback import rounded_with_feedback
 from graph.formats.format import Call, Rows, V, has_data
 from graph.formats.levels import fit_levels, trainable_levels, uniform_levels
 from graph.formats.low_rank import fit_scales, group_absmax, low_rank_of_groups
@@ -18,6 +19,7 @@ from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_scales import Factors, dense_scale, not_positive, rows_of, scale_factors
 from graph.formats.lut_weight import LatentWeight
 from graph.formats.scales import apart_from_zero
+from graph.formats.ste import to_fp16
 
 Scale = Literal["low-rank", "group", "channel", "none"]
 
@@ -112,8 +114,11 @@ class Lut:
             return QcError(what, fix=f"set lut.rank to at most {min(rows, groups)}{narrower}")
         return None
 
-    def pack(self, w: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
-        """w: [out, in], float    moments: [in], the inputs' mean squares, or None  ->  the side tensors."""
+    def pack(self, w: Tensor, moments: Tensor | None = None, covariance: Tensor | None = None) -> dict[str, Tensor]:
+        """The side tensors; with a covariance the indices are those of least error at the outputs, not the nearest.
+
+        w: [out, in], float    moments: [in], the inputs' mean squares, or None    covariance: [in, in] or None
+        """
         assert w.shape[1] == self.columns, f"a weight of {w.shape[1]} columns in a format of {self.columns}"
         lut, scales = self._fitted(w, moments)
         lut = trainable_levels(lut) if self.theta else lut
@@ -121,8 +126,12 @@ class Lut:
         sides = {suffix: _own(value, dtype) for suffix, value in {"lut": lut, **scales}.items()}
         if self.latent:
             return {"latent": w, **sides}
-        weight = LatentWeight(w, lut, self._factors(sides), self.floor)
-        return {"indices": pack_bits(weight.all_codes(), bits_for(self.levels)), **sides}
+        factors = self._factors(sides)
+        codes = LatentWeight(w, lut, factors, self.floor).all_codes()
+        if covariance is not None and has_data(w):
+            s = dense_scale(factors, self.columns, self.floor)
+            codes = rounded_with_feedback(w, s, to_fp16(lut) if self.fp16 else lut, covariance, codes)
+        return {"indices": pack_bits(codes, bits_for(self.levels)), **sides}
 
     def _fitted(self, w: Tensor, moments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Levels, and scales by suffix, for a weight."""
