@@ -56,7 +56,7 @@ from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SCALES = {"int8": "has one scale a row", "lut": "has scales of its own (lut.scale)", "int4": "has one scale a block"}
+_SCALES = {"lut": "has scales of its own (lut.scale)"} | dict.fromkeys(("int4", "int8"), "has one scale a block")
 """Why a scheme has no use for an option."""
 
 RELEASE_EVERY = 64 << 20
@@ -99,21 +99,26 @@ class QuantizeBase(Pass):
     """Which weights. Without a role or a name in it, embeddings and head are left out."""
 
     scheme: Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "lut"] = "nf4"
-    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits, one scale a row), fp8 (e4m3), nvfp4 (e2m1,
-    16 a scale), mxfp8, mxfp4 (32 a scale), int4 or lut (1 to 8 bits)."""
+    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits), fp8 (e4m3), nvfp4 (e2m1, 16 a scale), mxfp8,
+    mxfp4 (32 a scale), int4 or lut (1 to 8 bits)."""
 
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights of a row that share one scale; it must divide the rows. For nf4, fp4 and int4."""
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = None
+    """Weights of a row that share one scale; it must divide the rows. For nf4, fp4 and int4, without it 64, and int8,
+    without it a row, as LLM.int8 has it."""
 
     share: Literal["row", "weight", "block"] = "row"
     """What shares one scale: a row, the whole weight, or 128 rows and 128 columns. For fp8."""
+
+    scale_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Numbers of the scales. For fp8, int4 and int8 with a block; GGUF has fp16."""
 
     double_quant: bool = False
     """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. For nf4 and fp4."""
 
     form: Literal["packed", "latent"] = "packed"
     """Packed weights that stay as they are, or float weights that are packed anew at every step and train, as the
-    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4 and int4; lut has lut.form."""
+    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4, int4 and int8 with a block; lut
+    has lut.form."""
 
     lut: LutOptions | None = None
     """Levels, scales and training of the scheme lut."""
@@ -141,8 +146,14 @@ class QuantizeBase(Pass):
     def format(self) -> Format:
         """The format of all weights, for the schemes that have but one."""
         assert self.scheme != "lut", "see form_for()"
-        options = {"block": self.block, "double_quant": self.double_quant, "share": self.share}
-        return make_format(self.scheme, **options, latent=self.form == "latent")  # type: ignore[arg-type]
+        return make_format(
+            self.scheme,
+            block=self.block,
+            double_quant=self.double_quant,
+            share=self.share,
+            latent=self.form == "latent",
+            scale_dtype=DTYPES[self.scale_dtype],
+        )
 
     def form_for(self, role: str, shape: tuple[int, ...]) -> Format:
         """The format of a weight of this role and shape [out, in]."""
@@ -173,14 +184,18 @@ class QuantizeBase(Pass):
 
     def _mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
-        blocks, doubled = self.scheme in ("nf4", "fp4", "int4"), self.scheme in ("nf4", "fp4")
-        if (self.double_quant and not doubled) or (self.block != 64 and not blocks):
+        blocks, doubled = self.scheme in ("nf4", "fp4", "int4", "int8"), self.scheme in ("nf4", "fp4")
+        by_row = self.scheme == "int8" and self.block is None
+        if (self.double_quant and not doubled) or (self.block is not None and not blocks):
             unused = "double_quant" if self.double_quant and not doubled else "block"
-            scales = _SCALES.get(self.scheme, "has scales of a fixed kind")
+            scales = "has one scale a row" if by_row else _SCALES.get(self.scheme, "has scales of a fixed kind")
             yield QcError(f"{self.scheme} {scales} and no {unused}", fix=f"take {unused} out, or use nf4")
+        if self.scale_dtype != "fp32" and (by_row or self.scheme not in ("fp8", "int4", "int8")):
+            fix = "give block" if by_row else "use fp8, int4, or int8 with a block"
+            yield QcError(f"{self.scheme} has scales of a fixed dtype", fix=f"take scale_dtype out, or {fix}")
         if self.share != "row" and self.scheme != "fp8":
             yield QcError(f"share is given, and scheme is {self.scheme}", fix="set scheme to fp8, or take share out")
-        if self.form == "latent" and self.scheme in ("nf4", "fp4", "int8", "lut"):
+        if self.form == "latent" and (by_row or self.scheme in ("nf4", "fp4", "lut")):
             fix = "set lut.form to latent" if self.scheme == "lut" else "use int4, fp8, nvfp4, mxfp8 or mxfp4"
             yield QcError(f"form is latent, and {self.scheme} weights do not train through it", fix=fix)
         if self.lut is not None and self.scheme != "lut":

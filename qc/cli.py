@@ -90,6 +90,7 @@ def export(
     ] = None,
     dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4: compressed-tensors, modelopt or hf.")] = None,
     group: Annotated[int | None, typer.Option(help="int4: weights that share a scale, 32, 64 or 128.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="gguf: q8_0 or q4_0, of float weights.")] = None,
     calibration: Annotated[int | None, typer.Option(help="fp8 static, nvfp4: tokens to find input ranges on.")] = None,
     runs: Runs = RUNS,
     json: Json = False,
@@ -99,7 +100,7 @@ def export(
 
     options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
     options |= {"scheme": scheme, "weight_only": weight_only, "dialect": dialect, "group": group}
-    options |= {"calibration": calibration}
+    options |= {"encoding": encoding, "calibration": calibration}
     export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from recipes.metrics import MetricName
 from recipes.numbers import Count, Natural, Text
-from runtimes.export import ANE_OPTIONS, default_dtype, options_of
+from runtimes.export import ANE_OPTIONS, GGUF_OPTIONS, default_dtype, options_of
 from runtimes.serving.settings import OPTIONS
 
 
@@ -54,8 +54,8 @@ class Export:
         "ternary",
     ]
     """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, a model for ONNX
-    Runtime, packed weights for GPU servers, ternary weights in a GGUF file or in BitNet's packing, or packed and as
-    floats for transformers."""
+    Runtime, packed weights for GPU servers, a GGUF file, ternary weights in BitNet's packing, or packed and as floats
+    for transformers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""
@@ -105,6 +105,9 @@ class Export:
     group: Literal[32, 64, 128] | None = None
     """For int4: weights of a row that share a scale; without it, 128."""
 
+    encoding: Literal["q8_0", "q4_0"] | None = None
+    """For gguf: what float weights become, 8 or 4 bits with a scale for 32; without it, q8_0. Packed ones stay."""
+
     calibration: Count | None = None
     """For fp8 (static) and nvfp4: tokens of text on which the range of inputs is found; without it, 1024."""
 
@@ -118,7 +121,7 @@ class Export:
         return {key: getattr(self, key) for key in options_of(self.target) if getattr(self, key) is not None}
 
 
-EXPORT_OPTIONS = tuple(sorted({*ANE_OPTIONS, *(option for own in OPTIONS.values() for option in own)}))
+EXPORT_OPTIONS = tuple(sorted({*ANE_OPTIONS, *GGUF_OPTIONS, *(option for own in OPTIONS.values() for option in own)}))
 """The fields of an export that belong to some target."""
 
 

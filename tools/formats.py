@@ -1,6 +1,6 @@
 """What each format of GPU servers costs: perplexity and top-1 agreement of the seedling, computed as a server would.
 
-python tools/formats.py [--batches 16] [--batch 8] [--length 128] [--markdown]
+python tools/formats.py [--batches 16] [--batch 8] [--length 128] [--only gguf]
 
 The text is of the Python library, held out. Weights are packed and inputs rounded as the export of that name has them,
 which qc verify holds to what transformers computes, to the last digit. All is computed in fp32, NVFP4 and MX too,
@@ -35,6 +35,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4, group 32": ("int4", {"group": 32}),
     "int4": ("int4", {}),
     "nf4": ("nf4", {}),
+    "gguf, encoding q8_0": ("gguf", {"encoding": "q8_0"}),
+    "gguf, encoding q4_0": ("gguf", {"encoding": "q4_0"}),
 }
 
 
@@ -48,6 +50,8 @@ def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
     from runtimes.serving.reference import served
 
     target, options = FORMATS[name]
+    if target == "gguf":
+        return _in_gguf(graph, options["encoding"])
     plan, errors = make_plan(graph, settings_of(cast(Any, target), **options), SCALES[default_dtype(target)])
     assert not errors, errors
     largest: dict[str, float] = {}
@@ -59,12 +63,24 @@ def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
     return served(plan, largest), 8 * stored / weights
 
 
+def _in_gguf(graph: Any, encoding: Any) -> tuple[Any, float]:
+    """The same of a GGUF file, of which llama.cpp would round activations too, in ways of its own."""
+    from runtimes.serving.gguf import make_plan, packed_copy
+
+    plan, errors = make_plan(graph, encoding)
+    assert not errors, errors
+    stored = sum(side.nbytes for one in plan.packed for side in one.sides(graph).values())
+    weights = sum(torch.Size(one.shape).numel() for one in plan.packed)
+    return packed_copy(graph, plan), 8 * stored / weights
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--only", default="", help="formats whose name begins so")
     said = parser.parse_args()
     from graph import capture
     from graph.artifact import load_tokenizer
@@ -85,7 +101,7 @@ def main() -> None:
     before = evaluate(graph, batches)["perplexity"]
     print("| format | bits a weight | perplexity | over FP16 | same likeliest token |\n| --- | --- | --- | --- | --- |")
     print(f"| FP16 | 16 | {before:.3f} | | |", flush=True)
-    for name in FORMATS:
+    for name in (name for name in FORMATS if name.startswith(said.only)):
         twin, bits = served_as(graph, name, folder)
         found = evaluate(twin, batches, reference=graph, metrics=("perplexity", "top1"))
         price = found["perplexity"] / before - 1

@@ -166,8 +166,10 @@ class Scaled:
         divisor = packed.get("global_scale")
         scale = read_scales(packed["scale"], divisor)
         stored = packed["scale"].dtype
-        lost = self.element.largest * torch.finfo(stored).eps if stored.is_floating_point else 0.0
-        allowed = scale * (self.element.half_gap + lost)
+        allowed = scale * self.element.half_gap
+        if stored.is_floating_point:  # the largest value is off by as much as its scale, times itself
+            numbers = torch.finfo(stored)
+            allowed = allowed + self.element.largest * numbers.eps * scale.clamp_min(numbers.smallest_normal)
         return allowed if divisor is None else torch.maximum(allowed, self.element.largest * 2.0**-10 / divisor)
 
 

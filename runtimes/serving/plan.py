@@ -116,7 +116,7 @@ def make_plan(graph: Graph, settings: Serving, scale_dtype: torch.dtype) -> tupl
         return Plan(graph, settings, (), {}), [ternary.none_there()]
     else:
         form = form_of(settings, scale_dtype)
-        parts = [Part(name, site, form, rounded=_rounded(site)) for name, site in _linears(graph)]
+        parts = [Part(name, site, form, rounded=_rounded(site)) for name, site in linears_of_blocks(graph)]
         errors += [error for part in parts if (error := _misfit(graph, part))]
     errors += _rounded_otherwise(settings, parts) if not errors else ()
     if not parts and not errors:
@@ -138,7 +138,7 @@ def form_of(settings: Serving, scale_dtype: torch.dtype = torch.float32) -> Form
     return Scaled(cast(Kind, settings.target), scale_dtype=scale_dtype)
 
 
-def _linears(graph: Graph) -> Iterator[tuple[str, Site]]:
+def linears_of_blocks(graph: Graph) -> Iterator[tuple[str, Site]]:
     """The weights that linears of blocks read, and nothing else does."""
     readers: dict[str, list[fx.Node]] = {}
     for node in graph.module.graph.nodes:
@@ -259,11 +259,12 @@ def _unfit(settings: Serving, held: list[Site]) -> Iterator[QcError]:
     more = f", and so do {len(wrong) - 1} more" if len(wrong) > 1 else ""
     what = f"{weight_name(site)} holds {form.name}{more}: as {settings.target}{scheme} it would be rounded twice"
     same = isinstance(form, Scaled) and form.kind == settings.target
-    fix = "export without the option that differs" if same else _fix(form, settings.target)
+    fix = "export without the option that differs" if same else instead_of(form, settings.target)
     yield QcError(what, site=site.name, fix=fix)
 
 
-def _fix(form: Format, target: str) -> str:
+def instead_of(form: Format, target: str) -> str:
+    """What a graph that holds this format can be written as, where it cannot be as ``target``."""
     own = "nf4" if isinstance(form, FourBit) and form.kind == "nf4" else None
     own = form.kind if isinstance(form, Scaled) else "int2" if isinstance(form, Ternary) else own
     instead = f"export to {own}" if own in ("nf4", "fp8", "nvfp4", "mxfp8", "mxfp4", "int2", "int4", "int8") else ""

@@ -18,7 +18,7 @@ from recipes.shipped import names
 from runtimes.export import default_dtype, find, obstacles, targets
 from runtimes.serving.settings import TARGETS
 
-TERNARY_ONLY = ("gguf", "ternary")
+TERNARY_ONLY = ("bitnet", "ternary")
 DENSE = ("fp16", "qlora", "kd-cache")
 """The recipes that end in float weights."""
 
@@ -58,9 +58,16 @@ def refusal(recipe: str, target: str) -> str | None:
     if target in TERNARY_ONLY and lut:
         what = f"{FIRST} holds {held}, and so do 20 more, and ternary weights are wanted"
         return f"{what}{site}export to safetensors, or add dequantize, ternary-ste and freeze-ternary, which rounds once more"
+    if target == "gguf" and lut:
+        what = f"{FIRST} holds {held}, and so do 20 more, and GGUF has no encoding of it"
+        again = "add the pass dequantize before the export, which then rounds to q8_0"
+        return f"{what}{site}export to safetensors, or {again}"
     if target == "gguf":
         what = f"{FIRST} has a scale for every 64 columns, and GGUF one for every 256"
         return f"{what}{site}set granularity to channel, or group to 256, in ternary-ste"
+    if target == "bitnet":
+        what = f"{FIRST} has more than one scale, and BitNet's packing one"
+        return f"{what}{site}set granularity to tensor in ternary-ste, or export to ternary"
     return None
 
 
