@@ -125,7 +125,7 @@ def check(graph: Graph, settings: Train) -> None:
     if graph.kind != "causal-lm" and not encodes:
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
-            fix="capture the model with kind='causal-lm'",
+            fix="train with objective: embedding",
         )
     if isinstance(settings.data, Retrieval) and "memory_ids" not in graph.inputs:
         raise QcError(
