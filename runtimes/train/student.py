@@ -23,6 +23,7 @@ from graph.lora import write_in_place
 from graph.nest import nest
 from graph.unpadded import without_padding
 from runtimes.data import Batch
+from runtimes.retrieval.questions import fits
 from runtimes.settings import Retrieval, Train
 from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
@@ -132,6 +133,9 @@ def check(graph: Graph, settings: Train) -> None:
             "the data asks questions about chunks, and the model reads no memory",
             fix="join an encoder and a decoder with attach-memory, or train on text",
         )
+    for data in (settings.data, settings.eval_data):
+        if isinstance(data, Retrieval):
+            fits(graph, data)
     bare = [n for n in graph.tensors() if n not in graph.stored and graph.tensor(n).is_meta]
     if bare:
         raise QcError(
