@@ -8,7 +8,8 @@ taken to be independent: an error of a column counts as often as the column's me
 that requantizes LUT weights. Whichever packs a weight takes its moments away.
 
 With ``covariance`` the columns are not taken to be independent: W_covariance f32 [in, in] lies beside W too, and
-``quantize-base`` rounds one column after another, each making good what those before it lost (GPTQ, arXiv:2210.17323).
+``quantize-base`` rounds one column after another, each making good what those before it lost (GPTQ, arXiv:2210.17323):
+packed LUT weights and those of GPU servers (int4, nvfp4, fp8, mxfp4, mxfp8, and int8 in blocks).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Calibrate(Pass):
     """Rows per forward pass."""
 
     covariance: bool = False
-    """Keep how columns vary together too, for a packed LUT: in² · 4 bytes for each input that linears read."""
+    """Keep how columns vary together too, to round with feedback: in² · 4 bytes for each input that linears read."""
 
     def __post_init__(self) -> None:
         for key in ("tokens", "length", "batch"):

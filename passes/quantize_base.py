@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -54,6 +54,8 @@ from graph.formats.ahead import worked_ahead
 from graph.formats.lut_levels import derive_levels
 from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
+
+Side: TypeAlias = "torch.Tensor | None"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALES = {"lut": "has scales of its own (lut.scale)"} | dict.fromkeys(("int4", "int8"), "has one scale a block")
@@ -210,10 +212,12 @@ class QuantizeBase(Pass):
 
     def _unused(self, graph: Graph, weight: str) -> QcError | None:
         """A covariance that would change nothing."""
-        if self.scheme != "lut":
-            return unused_covariance(graph, weight, f"{self.scheme} rounds each value to its nearest")
-        if self.tables.form == "latent":
-            return unused_covariance(graph, weight, "a latent weight is rounded to the nearest levels at every step")
+        if self.scheme in ("nf4", "fp4") or (self.scheme == "int8" and self.block is None):
+            return unused_covariance(
+                graph, weight, f"{self.scheme} rounds each value to its nearest, as bitsandbytes does"
+            )
+        if "latent" in (self.form, self.tables.form):
+            return unused_covariance(graph, weight, "a latent weight is rounded to the nearest at every step")
         return None
 
     def run(self, graph: Graph) -> Report:
@@ -252,7 +256,7 @@ class QuantizeBase(Pass):
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = form.pack(w, moments, covariance) if isinstance(form, Lut) else form.pack(w)
+        packed = _packed(form, w, moments, covariance)
         found = None if w.is_meta else fidelity(form, w, packed)
         nearest = found is None or found.faithful or covariance is not None
         assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
@@ -271,3 +275,10 @@ class QuantizeBase(Pass):
             for suffix, group in self.tables.trained().items():
                 if f"{weight}.{suffix}" in graph.tensors():
                     graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)
+
+
+def _packed(form: Format, w: torch.Tensor, moments: Side, covariance: Side) -> dict[str, torch.Tensor]:
+    """With what was measured of its inputs, for the formats that heed it."""
+    if isinstance(form, Lut):
+        return form.pack(w, moments, covariance)
+    return form.pack(w, covariance) if isinstance(form, Scaled) else form.pack(w)

@@ -3,8 +3,9 @@
 python tools/formats.py [--batches 16] [--batch 8] [--length 128] [--only gguf]
 
 The text is of the Python library, held out. Weights are packed and inputs rounded as the export of that name has them,
-which qc verify holds to what transformers computes, to the last digit. All is computed in fp32, NVFP4 and MX too,
-so that formats differ in nothing else; float scales are rounded as in the export.
+which qc verify holds to what transformers computes, to the last digit; with feedback, a recipe has packed them before.
+All is computed in fp32, NVFP4 and MX too, so that formats differ in nothing else; float scales are rounded as in the
+export.
 """
 
 from __future__ import annotations
@@ -35,9 +36,33 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4, group 32": ("int4", {"group": 32}),
     "int4": ("int4", {}),
     "nf4": ("nf4", {}),
+    "nvfp4, with feedback": ("nvfp4", {}),
+    "nvfp4, weight-only, with feedback": ("nvfp4", {"weight_only": True}),
+    "mxfp4, weight-only, with feedback": ("mxfp4", {"weight_only": True}),
+    "int4, group 32, with feedback": ("int4", {"group": 32}),
     "gguf, encoding q8_0": ("gguf", {"encoding": "q8_0"}),
     "gguf, encoding q4_0": ("gguf", {"encoding": "q4_0"}),
 }
+
+FEEDBACK: dict[str, dict[str, Any]] = {
+    "nvfp4": {"scheme": "nvfp4"},
+    "mxfp4": {"scheme": "mxfp4"},
+    "int4": {"scheme": "int4", "block": 32, "scale_dtype": "fp16"},
+}
+"""What quantize-base is told where weights are rounded with feedback, behind ``calibrate: {covariance: true}``."""
+
+
+def fed_back(target: str) -> Any:
+    """The seedling as a recipe packs it."""
+    from ruamel.yaml import YAML
+
+    from qc.api import compile as compiled
+
+    passes = [{"calibrate": {"data": "python-stdlib", "covariance": True}}, {"quantize-base": FEEDBACK[target]}]
+    with tempfile.TemporaryDirectory(prefix="qc-formats-") as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        YAML(typ="safe").dump({"model": "seedling", "dtype": "fp32", "passes": passes}, recipe)
+        return compiled(recipe, runs=Path(folder) / "runs").graph.materialize()
 
 
 def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
@@ -52,6 +77,7 @@ def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
     target, options = FORMATS[name]
     if target == "gguf":
         return _in_gguf(graph, options["encoding"])
+    graph = fed_back(target) if name.endswith("with feedback") else graph
     plan, errors = make_plan(graph, settings_of(cast(Any, target), **options), SCALES[default_dtype(target)])
     assert not errors, errors
     largest: dict[str, float] = {}
@@ -80,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--only", default="", help="formats whose name begins so")
+    parser.add_argument("--only", default="", help="formats whose name has this in it")
     said = parser.parse_args()
     from graph import capture
     from graph.artifact import load_tokenizer
@@ -101,7 +127,7 @@ def main() -> None:
     before = evaluate(graph, batches)["perplexity"]
     print("| format | bits a weight | perplexity | over FP16 | same likeliest token |\n| --- | --- | --- | --- | --- |")
     print(f"| FP16 | 16 | {before:.3f} | | |", flush=True)
-    for name in (name for name in FORMATS if name.startswith(said.only)):
+    for name in (name for name in FORMATS if said.only in name):
         twin, bits = served_as(graph, name, folder)
         found = evaluate(twin, batches, reference=graph, metrics=("perplexity", "top1"))
         price = found["perplexity"] / before - 1

@@ -7,6 +7,8 @@ what was lost (GPTQ: E. Frantar et al., arXiv:2210.17323, algorithm 1). Levels a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,22 +21,35 @@ BLOCK = 128
 """Columns after which what was lost reaches all those behind, as one product."""
 
 
-def rounded_with_feedback(w: Tensor, s: Tensor | None, levels: Tensor, covariance: Tensor, nearest: Tensor) -> Tensor:
-    """The indices of the levels of least error at the outputs; rows that are better off with the nearest have those.
+Pick = Callable[[Tensor], Tensor]
+"""The nearest numbers to a column of a weight over its scales.
 
-    w: [out, in], float    s: f32 [out, in] or None: 1    levels: f32 [n], or [groups, n] where rows share them
-    covariance: f32 [in, in], symmetric    nearest: u8 [out, in]  ->  u8 [out, in]
+f32 [out]  ->  f32 [out]
+"""
+
+
+def rounded_with_feedback(w: Tensor, s: Tensor | None, pick: Pick, covariance: Tensor, nearest: Tensor) -> Tensor:
+    """Numbers that times scales make outputs of least error; rows that are better off with the nearest have those.
+
+    w: [out, in], float    s: f32 [out, in] or None: 1    covariance: f32 [in, in], symmetric
+    nearest: f32 [out, in], what ``pick`` gives of each column  ->  f32 [out, in]
     """
     w = w.detach().float()
     s = torch.ones_like(w) if s is None else apart_from_zero(s)
-    table = levels.detach().float().view(-1, levels.shape[-1])
-    table = table.repeat_interleave(w.shape[0] // table.shape[0], 0)
     damped = covariance.float() + DAMPING * covariance.diagonal().mean() * torch.eye(w.shape[1], device=w.device)
     order = damped.diagonal().argsort(descending=True, stable=True)
-    found = torch.empty_like(nearest)
-    found[:, order] = _one_by_one(w[:, order], s[:, order], table, _factor(damped[order][:, order]))
-    better = _lost(w, s, table, damped, found) < _lost(w, s, table, damped, nearest)
+    found = torch.empty_like(w)
+    found[:, order] = _one_by_one(w[:, order], s[:, order], pick, _factor(damped[order][:, order]))
+    better = _lost(w - found * s, damped) < _lost(w - nearest * s, damped)
     return torch.where(better[:, None], found, nearest)
+
+
+def levels_by_row(levels: Tensor, rows: int) -> Pick:
+    """Picks levels: f32 [n], or [groups, n] where rows share them by group."""
+    table = levels.detach().float().view(-1, levels.shape[-1])
+    table = table.repeat_interleave(rows // table.shape[0], 0)
+    thresholds = (table[:, 1:] + table[:, :-1]) / 2
+    return lambda x: table.gather(1, x[:, None].gt(thresholds).sum(1, keepdim=True))[:, 0]
 
 
 def _factor(damped: Tensor) -> Tensor:
@@ -43,24 +58,22 @@ def _factor(damped: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def _one_by_one(w: Tensor, s: Tensor, table: Tensor, factor: Tensor) -> Tensor:
-    """The indices, u8 [out, in], of columns in the order in which they come."""
-    left, found = w.clone(), torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    thresholds = (table[:, 1:] + table[:, :-1]) / 2
+def _one_by_one(w: Tensor, s: Tensor, pick: Pick, factor: Tensor) -> Tensor:
+    """The numbers, f32 [out, in], of columns in the order in which they come."""
+    left, found = w.clone(), torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK):
         end = min(start + BLOCK, w.shape[1])
         here, losses = left[:, start:end], torch.empty(w.shape[0], end - start, device=w.device)
         for j in range(end - start):
             column, scale = here[:, j], s[:, start + j]
-            index = (column / scale)[:, None].gt(thresholds).sum(1)
-            loss = (column - table.gather(1, index[:, None])[:, 0] * scale) / factor[start + j, start + j]
+            number = pick(column / scale)
+            loss = (column - number * scale) / factor[start + j, start + j]
             here[:, j + 1 :].addr_(loss, factor[start + j, start + j + 1 : end], alpha=-1)
-            found[:, start + j], losses[:, j] = index, loss
+            found[:, start + j], losses[:, j] = number, loss
         left[:, end:].addmm_(losses, factor[start:end, end:], alpha=-1)
     return found
 
 
-def _lost(w: Tensor, s: Tensor, table: Tensor, covariance: Tensor, indices: Tensor) -> Tensor:
+def _lost(off: Tensor, covariance: Tensor) -> Tensor:
     """The squared error at the outputs, by row."""
-    off = w - table.gather(1, indices.long()) * s
     return ((off @ covariance) * off).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graph.errors import QcError
 from graph.formats.bits import bits_for, pack_bits, packed_columns
-from graph.formats.feedback import rounded_with_feedback
+from graph.formats.feedback import levels_by_row, rounded_with_feedback
 from graph.formats.format import Call, Rows, V, has_data
 from graph.formats.levels import fit_levels, trainable_levels, uniform_levels
 from graph.formats.low_rank import fit_scales, group_absmax, low_rank_of_groups
@@ -19,7 +19,6 @@ from graph.formats.lut import dequantize_lut, fake_quantize_lut
 from graph.formats.lut_scales import Factors, dense_scale, not_positive, rows_of, scale_factors
 from graph.formats.lut_weight import LatentWeight
 from graph.formats.scales import apart_from_zero
-from graph.formats.ste import to_fp16
 
 Scale = Literal["low-rank", "group", "channel", "none"]
 
@@ -127,11 +126,20 @@ class Lut:
         if self.latent:
             return {"latent": w, **sides}
         factors = self._factors(sides)
-        codes = LatentWeight(w, lut, factors, self.floor).all_codes()
+        nearest = LatentWeight(w, lut, factors, self.floor)
         if covariance is not None and has_data(w):
-            s = dense_scale(factors, self.columns, self.floor)
-            codes = rounded_with_feedback(w, s, to_fp16(lut) if self.fp16 else lut, covariance, codes)
+            nearest = self._fed_back(nearest, covariance)
+        codes = nearest.all_codes()
         return {"indices": pack_bits(codes, bits_for(self.levels)), **sides}
+
+    def _fed_back(self, nearest: LatentWeight, covariance: Tensor) -> LatentWeight:
+        """The levels of least error at the outputs, as a weight without scales."""
+        w, lut = nearest.latent, nearest.lut
+        s, plain = dense_scale(nearest.factors, self.columns, self.floor), torch.empty(w.shape, device=w.device)
+        for part in nearest.parts():
+            nearest.levels(part, None if s is None else s[part], plain[part])
+        levels = rounded_with_feedback(w, s, levels_by_row(lut, w.shape[0]), covariance, plain)
+        return LatentWeight(levels, lut, (), None)
 
     def _fitted(self, w: Tensor, moments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Levels, and scales by suffix, for a weight."""

@@ -249,8 +249,9 @@ def test_who_has_no_use_for_it_says_so() -> None:
     )
     latent = LutOptions(bits=2, rank=2, group=16, form="latent", symmetric=True, train="weights")
     for step, why in (
-        (QuantizeBase(scheme="nf4"), "nf4 rounds each value to its nearest"),
-        (QuantizeBase(scheme="lut", lut=latent), "a latent weight is rounded to the nearest levels at every step"),
+        (QuantizeBase(scheme="nf4"), "nf4 rounds each value to its nearest, as bitsandbytes does"),
+        (QuantizeBase(scheme="lut", lut=latent), "a latent weight is rounded to the nearest at every step"),
+        (QuantizeBase(scheme="int4", form="latent"), "a latent weight is rounded to the nearest at every step"),
         (TernarySte(scale="least-squares"), "ternary weights are rounded by their thresholds at every step"),
     ):
         (error,) = [error for error in step.check(graph) if error.site == UP]
