@@ -20,7 +20,8 @@ from graph import Graph, QcError, Site
 from graph.dense import Dense, checkpoint_tensors
 from graph.formats import Format, Scaled, Ternary, format_of, packed_sites, packed_tensors, store_packed, weight_name
 from graph.formats.ggml import GROUP, Encoding, form_of, rounded_groups
-from runtimes.serving.plan import instead_of, linears_of_blocks
+from runtimes.serving.held import instead_of
+from runtimes.serving.plan import linears_of_blocks
 
 TRITS = 256
 """Values of a row that ternary encodings hold together."""

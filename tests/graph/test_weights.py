@@ -107,6 +107,16 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
     assert torch.equal(read_header(tmp_path / names[2])["e"].load(), tensors["e"])
 
 
+def test_what_is_written_is_hashed_on_the_way(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(100, 30) for name in "abcde"} | {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
+    hashes: dict[str, str] = {}
+    where = write(
+        tmp_path, [entry(name, value) for name, value in tensors.items()], stem="w", max_shard=25_000, hashes=hashes
+    )
+    assert hashes == {name: sha256(tmp_path / name) for name in set(where.values())}
+    assert len(hashes) == 3
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
     alive: list[str] = []
 
