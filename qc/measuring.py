@@ -87,7 +87,7 @@ def measure(
         recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens", memory_tokenizer
     )
     if "embedding" in wanted.metrics:
-        return {} if reference is None else compare(graph, reference, batches, _pooling(recipe))
+        return {} if reference is None else compare(graph, reference, batches, pooling_of(recipe))
     compared: list[Any] = [m for m in wanted.metrics if m in ("kl", "top1") and reference is not None]
     found = dict(evaluate(graph, batches, reference=reference, metrics=["perplexity", *compared]))
     if "retrieval" in wanted.metrics:
@@ -96,7 +96,7 @@ def measure(
     return found
 
 
-def _pooling(recipe: Recipe) -> Pooling:
+def pooling_of(recipe: Recipe) -> Pooling:
     """How the recipe pools where it trains on it; else by the mean."""
     objectives = (stage.train.objective for stage in recipe.plan() if stage.train is not None)
     return next((one.pooling for one in objectives if isinstance(one, Embedding)), "mean")
