@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
@@ -160,7 +160,15 @@ def bits_per_weight(artifact: Artifact, *models: str) -> float:
 
 def weights_of(model: str) -> int:
     """The number of weights in a checkpoint; a tied one counts once."""
-    return sum(math.prod(stored.shape) for stored in open_checkpoint(model).tensors.values())
+    checkpoint = open_checkpoint(model, packed=True)
+    beside = [stored.shape for key, stored in checkpoint.tensors.items() if not _is_of_packed(key, checkpoint.packed)]
+    return sum(map(math.prod, [*beside, *(held.shape for held in checkpoint.packed.values())]))
+
+
+def _is_of_packed(key: str, packed: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a checkpoint is a scale or the like of a packed weight, or its codes; biases are not."""
+    module = key.partition(".weight.")[0] if ".weight." in key else key.rpartition(".")[0]
+    return f"{module}.weight" in packed and not key.endswith(".bias")
 
 
 @lru_cache(maxsize=4)

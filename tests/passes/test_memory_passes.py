@@ -75,7 +75,7 @@ def test_without_chunks_it_is_the_decoder_to_the_bit() -> None:
     assert torch.equal(run(joint(), input_ids=tokens(), memory_ids=ids[:, :0]), whole)
 
 
-def test_gradients_pass_into_the_encoder_and_are_zero_while_a_tanh_gate_is_closed() -> None:
+def test_gradients_pass_into_the_encoder() -> None:
     ids, mask = chunks()
     graph = joint()
     graph(input_ids=tokens(), memory_ids=ids, memory_attention=mask).pow(2).sum().backward()
