@@ -1,5 +1,7 @@
 """A fit in C finds what one with torch finds, of every shape of weight, scales and levels."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ def test_both_add_to_the_sums_of_levels(w: Tensor, weighted: bool, monkeypatch: 
 @needs_compiler
 @pytest.mark.parametrize("told", [{"rank": 6}, {"group": 59}, {"rank": 3, "rows_per_lut": 12}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_fit_alike(dtype: torch.dtype, told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_fit_alike(dtype: torch.dtype, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(36, 531, generator=torch.Generator().manual_seed(2)).to(dtype)
     made = fit_scales(w, 8, moments=torch.rand(531, generator=torch.Generator().manual_seed(3)), **told)
     without_compiler(monkeypatch)
