@@ -31,7 +31,7 @@ from graph.formats.lut_refit import refitted
 from graph.formats.repack import repack
 from graph.lora_base import base_weight, fingerprint, has_values, in_out, weight_tensors
 from graph.lora_sets import Update, updates
-from graph.moments import take_moments
+from graph.moments import take_moments, unused_covariance
 from graph.ops import op_name
 from graph.sites import Site
 from graph.weights import Stored
@@ -132,6 +132,12 @@ def obstacles(graph: Graph, found: Sequence[Update], into: Into, base: str | Non
                     site=site.name,
                 )
             )
+        unused = None
+        if into == "requantized" and isinstance(weight, Site):
+            unused = unused_covariance(graph, weight_name(weight), "merge-lora finds the nearest levels")
+        if unused is not None:
+            unused.site = site.name
+            errors.append(unused)
         left = [
             u for u in updates(graph) if u.site.name == site.name and u.a not in merging and u.magnitude is not None
         ]

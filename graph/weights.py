@@ -11,7 +11,9 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +168,19 @@ class Entry:
         return _bytes(self.shape, self.dtype)
 
 
-def write(folder: Path, entries: Iterable[Entry], *, stem: str, max_shard: int = 5 << 30) -> dict[str, str]:
+def write(
+    folder: Path,
+    entries: Iterable[Entry],
+    *,
+    stem: str,
+    max_shard: int = 5 << 30,
+    hashes: dict[str, str] | None = None,
+) -> dict[str, str]:
     """Write ``entries`` to ``stem.safetensors``, or to numbered shards and an index; return name -> file.
 
-    One tensor is held at a time. Files appear under their own names at once: write into a temporary folder.
+    One tensor is held at a time, and the one before it while ``hashes`` gets the sha256 of each file of tensors, which
+    a thread finds of what is written, so that nothing is read again. Files appear under their own names at once: write
+    into a temporary folder.
     """
     shards: list[list[Entry]] = [[]]
     for entry in sorted(entries, key=lambda e: e.name):
@@ -183,7 +194,11 @@ def write(folder: Path, entries: Iterable[Entry], *, stem: str, max_shard: int =
     )
     where: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        _write_one(folder / name, shard)
+        with ThreadPoolExecutor(1) as pool:
+            digest = None if hashes is None else _Digest(pool)
+            _write_one(folder / name, shard, digest)
+        if hashes is not None and digest is not None:
+            hashes[name] = digest.hexdigest()
         where |= {e.name: name for e in shard}
     if len(shards) > 1:
         total = sum(e.bytes for shard in shards for e in shard)
@@ -192,7 +207,25 @@ def write(folder: Path, entries: Iterable[Entry], *, stem: str, max_shard: int =
     return where
 
 
-def _write_one(path: Path, entries: list[Entry]) -> None:
+class _Digest:
+    """The sha256 of bytes given one after the other, found by a thread; the last of them are held until then."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self.pool, self.found = pool, hashlib.sha256()
+        self.last = pool.submit(self.found.update, b"")
+
+    def update(self, data: Any) -> None:
+        """Go on with ``data``, once what came before is through."""
+        self.last.result()
+        self.last = self.pool.submit(self.found.update, data)
+
+    def hexdigest(self) -> str:
+        """Of all that was given."""
+        self.last.result()
+        return self.found.hexdigest()
+
+
+def _write_one(path: Path, entries: list[Entry], digest: _Digest | None) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
@@ -205,14 +238,19 @@ def _write_one(path: Path, entries: list[Entry]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for entry in entries:
-            value = entry.load()
-            assert tuple(value.shape) == entry.shape and value.dtype == entry.dtype, f"{entry.name} changed its type"
-            if value.numel():
-                file.write(_raw(value))
+        for data in chain([struct.pack("<Q", len(text)) + text], map(_value_of, entries)):
+            if digest is not None:
+                digest.update(data)
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _value_of(entry: Entry) -> Any:
+    """The bytes of a tensor whose turn has come."""
+    value = entry.load()
+    assert tuple(value.shape) == entry.shape and value.dtype == entry.dtype, f"{entry.name} changed its type"
+    return _raw(value)
 
 
 def sha256(path: Path) -> str:

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from math import isfinite, prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -56,13 +56,15 @@ from graph.formats import (
     store_packed,
 )
 from graph.formats.lut_levels import derive_levels
-from graph.moments import take_moments
+from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 from passes.keeping import Keep, problems, weighed
 from passes.keeping import figures as importance
 
+Side: TypeAlias = "torch.Tensor | None"
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SCALES = {"int8": "has one scale a row", "lut": "has scales of its own (lut.scale)", "int4": "has one scale a block"}
+_SCALES = {"lut": "has scales of its own (lut.scale)"} | dict.fromkeys(("int4", "int8"), "has one scale a block")
 """Why a scheme has no use for an option."""
 
 RELEASE_EVERY = 64 << 20
@@ -75,6 +77,7 @@ class Chosen(NamedTuple):
     name: str
     site: Site
     moments: torch.Tensor | None
+    covariance: torch.Tensor | None
     largest: float | None
     """The largest magnitude of all weights that share its global scale."""
 
@@ -90,21 +93,26 @@ class QuantizeBase(Pass):
     """Which weights. Without a role or a name in it, embeddings and head are left out."""
 
     scheme: Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4", "lut"] = "nf4"
-    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits, one scale a row), fp8 (e4m3), nvfp4 (e2m1,
-    16 a scale), mxfp8, mxfp4 (32 a scale), int4 or lut (1 to 8 bits)."""
+    """nf4 (4 bits, for bell-shaped weights), fp4 (4 bits), int8 (8 bits), fp8 (e4m3), nvfp4 (e2m1, 16 a scale), mxfp8,
+    mxfp4 (32 a scale), int4 or lut (1 to 8 bits)."""
 
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights of a row that share one scale; it must divide the rows. For nf4, fp4 and int4."""
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = None
+    """Weights of a row that share one scale; it must divide the rows. For nf4, fp4 and int4, without it 64, and int8,
+    without it a row, as LLM.int8 has it."""
 
     share: Literal["row", "weight", "block"] = "row"
     """What shares one scale: a row, the whole weight, or 128 rows and 128 columns. For fp8."""
+
+    scale_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Numbers of the scales. For fp8, int4 and int8 with a block; GGUF has fp16."""
 
     double_quant: bool = False
     """Store those scales in 8 bits too: 4.13 instead of 4.5 bits per weight at block 64. For nf4 and fp4."""
 
     form: Literal["packed", "latent"] = "packed"
     """Packed weights that stay as they are, or float weights that are packed anew at every step and train, as the
-    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4 and int4; lut has lut.form."""
+    group ``weights``, until ``freeze-q`` packs them. For fp8, nvfp4, mxfp8, mxfp4, int4 and int8 with a block; lut
+    has lut.form."""
 
     lut: LutOptions | None = None
     """Levels, scales and training of the scheme lut."""
@@ -135,8 +143,14 @@ class QuantizeBase(Pass):
     def format(self) -> Format:
         """The format of all weights, for the schemes that have but one."""
         assert self.scheme != "lut", "see form_for()"
-        options = {"block": self.block, "double_quant": self.double_quant, "share": self.share}
-        return make_format(self.scheme, **options, latent=self.form == "latent")  # type: ignore[arg-type]
+        return make_format(
+            self.scheme,
+            block=self.block,
+            double_quant=self.double_quant,
+            share=self.share,
+            latent=self.form == "latent",
+            scale_dtype=DTYPES[self.scale_dtype],
+        )
 
     def form_for(self, role: str, shape: tuple[int, ...]) -> Format:
         """The format of a weight of this role and shape [out, in]."""
@@ -158,7 +172,7 @@ class QuantizeBase(Pass):
         for site in sites:
             weight = site.weight()
             if weight is not None:
-                problem = self._problem(weight, site.role, graph.shape(weight))
+                problem = self._problem(weight, site.role, graph.shape(weight)) or self._unused(graph, weight)
             elif packed.isdisjoint(site.tensors()):
                 problem = QcError("the weight is computed in the graph, not stored", fix="exclude it from select")
             else:
@@ -173,14 +187,18 @@ class QuantizeBase(Pass):
     def _mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
         yield from self.keep.mistakes() if self.keep is not None else ()
-        blocks, doubled = self.scheme in ("nf4", "fp4", "int4"), self.scheme in ("nf4", "fp4")
-        if (self.double_quant and not doubled) or (self.block != 64 and not blocks):
+        blocks, doubled = self.scheme in ("nf4", "fp4", "int4", "int8"), self.scheme in ("nf4", "fp4")
+        by_row = self.scheme == "int8" and self.block is None
+        if (self.double_quant and not doubled) or (self.block is not None and not blocks):
             unused = "double_quant" if self.double_quant and not doubled else "block"
-            scales = _SCALES.get(self.scheme, "has scales of a fixed kind")
+            scales = "has one scale a row" if by_row else _SCALES.get(self.scheme, "has scales of a fixed kind")
             yield QcError(f"{self.scheme} {scales} and no {unused}", fix=f"take {unused} out, or use nf4")
+        if self.scale_dtype != "fp32" and (by_row or self.scheme not in ("fp8", "int4", "int8")):
+            fix = "give block" if by_row else "use fp8, int4, or int8 with a block"
+            yield QcError(f"{self.scheme} has scales of a fixed dtype", fix=f"take scale_dtype out, or {fix}")
         if self.share != "row" and self.scheme != "fp8":
             yield QcError(f"share is given, and scheme is {self.scheme}", fix="set scheme to fp8, or take share out")
-        if self.form == "latent" and self.scheme in ("nf4", "fp4", "int8", "lut"):
+        if self.form == "latent" and (by_row or self.scheme in ("nf4", "fp4", "lut")):
             fix = "set lut.form to latent" if self.scheme == "lut" else "use int4, fp8, nvfp4, mxfp8 or mxfp4"
             yield QcError(f"form is latent, and {self.scheme} weights do not train through it", fix=fix)
         if self.lut is not None and self.scheme != "lut":
@@ -192,6 +210,16 @@ class QuantizeBase(Pass):
         if self.scheme == "lut" and self.tables.size(role) is None:
             return self.tables.no_size(role)
         return self.form_for(role, shape).problem(weight, shape)
+
+    def _unused(self, graph: Graph, weight: str) -> QcError | None:
+        """A covariance that would change nothing."""
+        if self.scheme in ("nf4", "fp4") or (self.scheme == "int8" and self.block is None):
+            return unused_covariance(
+                graph, weight, f"{self.scheme} rounds each value to its nearest, as bitsandbytes does"
+            )
+        if "latent" in (self.form, self.tables.form):
+            return unused_covariance(graph, weight, "a latent weight is rounded to the nearest at every step")
+        return None
 
     def run(self, graph: Graph) -> Report:
         """Pack as many weights at once as there are threads; each is read, packed, compared and then let go."""
@@ -207,9 +235,7 @@ class QuantizeBase(Pass):
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
         fused = fused_weights(chosen)
         shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
-        weights = (
-            (Chosen(n, site, take_moments(graph, n), shared.get(n)), prod(graph.shape(n))) for n, site in chosen.items()
-        )
+        weights = ((self._chosen(graph, n, site, shared.get(n)), prod(graph.shape(n))) for n, site in chosen.items())
         on_host = graph.device.type == "cpu"
         for one, parcel in divided("pack", partial(self._packing, graph), weights, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
@@ -221,21 +247,25 @@ class QuantizeBase(Pass):
             link_fused(graph, fused)
         return Report(tuple(changed), figures.summary() | importance(tried), tried)
 
+    def _chosen(self, graph: Graph, name: str, site: Site, largest: float | None) -> Chosen:
+        return Chosen(name, site, take_moments(graph, name), take_moments(graph, name, COVARIANCE), largest)
+
     def _form(self, one: Chosen, shape: tuple[int, ...]) -> Format:
         form = self.form_for(one.site.role, shape)
         return replace(form, largest=one.largest) if isinstance(form, Scaled) else form
 
     def _packing(self, graph: Graph, one: Chosen) -> Parcel:
         """Pack one weight, and compare it with what it unpacks to; of a plan there is nothing to compare."""
-        weight, site, moments, _ = one
+        weight, site, moments, covariance, _ = one
         w = graph.tensor(weight).detach()
         form = self._form(one, tuple(w.shape))
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
+        packed = _packed(form, w, moments, covariance)
         found = None if w.is_meta else fidelity(form, w, packed)
-        assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        nearest = found is None or found.faithful or covariance is not None
+        assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
         below = form.scales_below(packed) if isinstance(form, Lut) else 0
         return Parcel(packed, (None if found is None else astuple(found), below))
 
@@ -254,3 +284,10 @@ class QuantizeBase(Pass):
             for suffix, group in self.tables.trained().items():
                 if f"{weight}.{suffix}" in graph.tensors():
                     graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)
+
+
+def _packed(form: Format, w: torch.Tensor, moments: Side, covariance: Side) -> dict[str, torch.Tensor]:
+    """With what was measured of its inputs, for the formats that heed it."""
+    if isinstance(form, Lut):
+        return form.pack(w, moments, covariance)
+    return form.pack(w, covariance) if isinstance(form, Scaled) else form.pack(w)

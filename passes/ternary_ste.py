@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError, Selector, Site
 from graph.formats import Tally, Ternary, TernaryRule, fidelity, packed_sites, store_packed
-from graph.moments import SUFFIX, take_moments
+from graph.moments import SUFFIX, take_moments, unused_covariance
 from graph.ops import op_name
 from graph.sites import node_name
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
@@ -141,6 +141,10 @@ class TernarySte(Pass):
         if self.scale == "absmean" and self.keep is None and f"{weight}{SUFFIX}" in graph.tensors():
             what = f"calibrate measured what reads {weight}, and a scale of absmean does not use it"
             yield QcError(what, fix="set scale to least-squares, or take calibrate out", site=site.name)
+        unused = unused_covariance(graph, weight, "ternary weights are rounded by their thresholds at every step")
+        if unused is not None:
+            unused.site = site.name
+            yield unused
         if self.act_bits is not None and any(_op(user) == "qc.lora" for user in site.node.users):
             what = f"{site.name} has an adapter, which would read other inputs"
             yield QcError(what, fix="move this pass before add-lora, or take act_bits out", site=site.name)

@@ -83,7 +83,7 @@ def export(
             "--target",
             "-t",
             help="safetensors, ane, onnx, gguf, bitnet, ternary, or for GPU servers fp8, nvfp4, mxfp8, mxfp4, int2, "
-            "int4, int8, nf4.",
+            "int4, int8, nf4, mixed.",
         ),
     ] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; without it, what the recipe says.")] = None,
@@ -101,11 +101,16 @@ def export(
     chunks: Annotated[int | None, typer.Option(help="ane: packages the blocks are spread over.")] = None,
     scheme: Annotated[str | None, typer.Option(help="fp8: channel, tensor, block or static.")] = None,
     weight_only: Annotated[
-        bool | None, typer.Option("--weight-only", help="fp8, nvfp4, mxfp8, mxfp4, int8: leave inputs as they are.")
+        bool | None,
+        typer.Option("--weight-only", help="fp8, nvfp4, mxfp8, mxfp4, int8, mixed: leave inputs as they are."),
     ] = None,
     dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4: compressed-tensors, modelopt or hf.")] = None,
-    group: Annotated[int | None, typer.Option(help="int4: weights that share a scale, 32, 64 or 128.")] = None,
-    calibration: Annotated[int | None, typer.Option(help="fp8 static, nvfp4: tokens to find input ranges on.")] = None,
+    group: Annotated[int | None, typer.Option(help="int4, int8: weights that share a scale, 32, 64 or 128.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Of GPU servers but nf4: fp8, for keys and values.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="gguf: q8_0 or q4_0, of float weights.")] = None,
+    calibration: Annotated[
+        int | None, typer.Option(help="fp8 static, nvfp4, kv-cache: tokens to find ranges on.")
+    ] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -114,7 +119,7 @@ def export(
 
     options = {"chip": chip, "context": context, "prefill": prefill, "kv": kv, "chunks": chunks}
     options |= {"scheme": scheme, "weight_only": weight_only, "dialect": dialect, "group": group}
-    options |= {"calibration": calibration}
+    options |= {"encoding": encoding, "kv_cache": kv_cache, "calibration": calibration}
     export_command(run, target, dtype, out, verify, force, runs, json, options)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from graph.artifact import Artifact, load
 from graph.errors import QcError
@@ -60,7 +60,7 @@ def _calibrated(wanted: Export, loaded: Artifact, text: Text | None) -> dict[str
 
     options = wanted.options()
     tokens = options.pop("calibration", CALIBRATION)
-    if not settings_of(wanted.target, **options).calibrated:  # type: ignore[arg-type]
+    if not settings_of(wanted.target, **options).reads_text:  # type: ignore[arg-type]
         return {}
     return {"rows": [batch["input_ids"] for batch in text(loaded.load_tokenizer(), tokens)]}
 
@@ -186,6 +186,17 @@ def _check(target: str, dtype: str | None, options: Mapping[str, Any]) -> None:
         value = options.get(key)
         if value is not None and value < least:
             raise QcError(f"--{key} is {value}", fix=f"give a number from {least}")
+    for key in given:
+        value, choices = _SAID.get(options[key], options[key]), _choices(key)
+        if choices and not isinstance(value, bool) and value not in choices:
+            what = f"--{key.replace('_', '-')} is {value}"
+            raise QcError(what, fix=f"use one of {', '.join(map(str, choices))}")
+
+
+def _choices(option: str) -> list[Any]:
+    """The values that an option of a recipe's export is one of; nothing where it is a number or a text."""
+    hint = get_type_hints(Export)[option]
+    return [choice for part in get_args(hint) if get_origin(part) is Literal for choice in get_args(part)]
 
 
 def finish_passes(run: Run, recipe: Recipe, tell: Tell) -> tuple[Stage, Path]:

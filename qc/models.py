@@ -64,7 +64,7 @@ def _captured(model: Model, dtype: str, plan: bool) -> Any:
     import torch
 
     from graph import capture
-    from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
+    from graph.checkpoint import locate, read_config, weight_files
     from graph.encoder import as_encoder, set_attention
 
     source: Any = model.model
@@ -72,9 +72,9 @@ def _captured(model: Model, dtype: str, plan: bool) -> Any:
         folder = locate(model.model)
         if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
             weight_files(folder)
-            open_checkpoint(str(folder))
-        source = read_config(folder)
-    graph = capture(source, dtype=getattr(torch, DTYPES[dtype]))
+        else:
+            source = read_config(folder)
+    graph = capture(source, dtype=getattr(torch, DTYPES[dtype]), weights=not plan)
     if model.kind == "causal-lm" and graph.kind != "causal-lm":
         raise QcError(f"{model.model} is no language model", fix="take kind: causal-lm out, or give another model")
     if model.kind == "encoder":

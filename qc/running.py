@@ -34,7 +34,8 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell, processes: int = 1) -> None
     if recipe.cache is not None:
         make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
-        if artifact is None and stage.evaluate is not None and recipe.model is not None:
+        compares = artifact is None or (stage.train is not None and stage.train.when is not None)
+        if compares and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
         parent = artifact if stage.start is None else done[stage.start]
         artifact = compile_stage(run, recipe, stage, parent, tell=tell, processes=processes)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from recipes.metrics import MetricName
 from recipes.numbers import Count, Natural, Text
-from runtimes.export import ANE_OPTIONS, default_dtype, options_of
+from runtimes.export import ANE_OPTIONS, GGUF_OPTIONS, default_dtype, options_of
 from runtimes.serving.settings import OPTIONS
 
 
@@ -49,16 +49,17 @@ class Export:
         "int4",
         "int8",
         "nf4",
+        "mixed",
         "gguf",
         "bitnet",
         "ternary",
     ]
     """The runtime's format: a folder for transformers, Core ML packages for the Apple Neural Engine, a model for ONNX
-    Runtime, packed weights for GPU servers, ternary weights in a GGUF file or in BitNet's packing, or packed and as
-    floats for transformers."""
+    Runtime, packed weights for GPU servers, a GGUF file, ternary weights in BitNet's packing, or packed and as floats
+    for transformers."""
 
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
-    """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8 and mxfp4, fp16 for the others."""
+    """Dtype of the floating tensors; without it, bf16 for fp8, nvfp4, mxfp8, mxfp4 and mixed, fp16 for the others."""
 
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(KB|MB|GB)$")] = "5GB"
     """Size of the largest file, in KB, MB or GB (powers of 10): 500MB."""
@@ -96,17 +97,27 @@ class Export:
     inputs have scales found on text. Without it, channel."""
 
     weight_only: bool | None = None
-    """For fp8, nvfp4, mxfp8, mxfp4 and int8: leave what linears read as it is. Without it, that is rounded too."""
+    """For fp8, nvfp4, mxfp8, mxfp4, int8 and mixed: leave what linears read as it is. Without it, that is rounded
+    too."""
 
     dialect: Literal["compressed-tensors", "modelopt", "hf"] | None = None
     """For fp8 and nvfp4: the names and the configuration, those of compressed-tensors, of ModelOpt, or of the fp8 of
     transformers. Without it, compressed-tensors."""
 
     group: Literal[32, 64, 128] | None = None
-    """For int4: weights of a row that share a scale; without it, 128."""
+    """For int4: weights of a row that share a scale; without it, 128. For int8, whose inputs then stay as they are;
+    without it, a row."""
+
+    kv_cache: Literal["fp8"] | None = None
+    """For those of GPU servers but nf4: keep keys and values in FP8, under scales found on text. Without it, nothing is
+    said of them."""
+
+    encoding: Literal["q8_0", "q4_0"] | None = None
+    """For gguf: what float weights become, 8 or 4 bits with a scale for 32; without it, q8_0. Packed ones stay."""
 
     calibration: Count | None = None
-    """For fp8 (static) and nvfp4: tokens of text on which the range of inputs is found; without it, 1024."""
+    """For fp8 (static), nvfp4, and where kv_cache is given: tokens of text on which ranges are found; without it,
+    1024."""
 
     @property
     def numbers(self) -> str:
@@ -118,7 +129,7 @@ class Export:
         return {key: getattr(self, key) for key in options_of(self.target) if getattr(self, key) is not None}
 
 
-EXPORT_OPTIONS = tuple(sorted({*ANE_OPTIONS, *(option for own in OPTIONS.values() for option in own)}))
+EXPORT_OPTIONS = tuple(sorted({*ANE_OPTIONS, *GGUF_OPTIONS, *(option for own in OPTIONS.values() for option in own)}))
 """The fields of an export that belong to some target."""
 
 

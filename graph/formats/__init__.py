@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from graph.formats.activations import fake_quantize_input as fake_quantize_input
+from graph.formats.affine import Affine as Affine
 from graph.formats.fidelity import Fidelity as Fidelity
 from graph.formats.fidelity import Tally as Tally
 from graph.formats.fidelity import fidelity as fidelity
@@ -48,17 +51,26 @@ _FP8: dict[Share, tuple[int, int]] = {"row": (1, 0), "weight": (0, 0), "block": 
 
 
 def make_format(
-    scheme: Scheme, *, block: int = 64, double_quant: bool = False, share: Share = "row", latent: bool = False
+    scheme: Scheme,
+    *,
+    block: int | None = None,
+    double_quant: bool = False,
+    share: Share = "row",
+    latent: bool = False,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Format:
     """The format of a recipe's ``scheme``.
 
-    ``block`` is of nf4, fp4 and int4, ``double_quant`` of nf4 and fp4, ``share``, what has one scale, of fp8, and
-    ``latent``, float weights that are packed anew each time, of all but nf4, fp4 and int8.
+    ``block`` is of nf4, fp4 and int4, where it is 64 if nothing is said, and of int8, which then has one scale a row;
+    ``double_quant`` of nf4 and fp4, ``share``, what has one scale, of fp8, ``latent``, float weights that are packed
+    anew each time, of all but nf4, fp4 and int8 by row, and ``scale_dtype`` of those with float scales.
     """
-    if scheme == "int8":
+    if scheme == "int8" and block is None:
         return Int8()
     if scheme == "nf4" or scheme == "fp4":
-        return FourBit(scheme, block, double_quant)
+        return FourBit(scheme, block or 64, double_quant)
     if scheme == "fp8":
-        return Scaled("fp8", *_FP8[share], latent=latent)
-    return Scaled(scheme, 1, block, latent=latent) if scheme == "int4" else Scaled(scheme, latent=latent)
+        return Scaled("fp8", *_FP8[share], scale_dtype, latent=latent)
+    if scheme == "int4" or scheme == "int8":
+        return Scaled(scheme, 1, block or 64, scale_dtype, latent=latent)
+    return Scaled(scheme, latent=latent)

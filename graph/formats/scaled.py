@@ -18,7 +18,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.elements import E2M1, E4M3, Element, integers
 from graph.formats.format import Call, Rows, V, has_data
-from graph.formats.scaled_parts import Fused, nearest, pack
+from graph.formats.scaled_parts import Fused, nearest, pack, pack_with_feedback
 from graph.formats.scales_of import (
     e4m3_scales,
     e8m0_scales,
@@ -116,12 +116,15 @@ class Scaled:
             return QcError(what, fix="exclude it from select")
         return None
 
-    def pack(self, w: Tensor) -> dict[str, Tensor]:
-        """w: [out, in], float  ->  the side tensors, as in the class."""
+    def pack(self, w: Tensor, covariance: Tensor | None = None) -> dict[str, Tensor]:
+        """The side tensors, as in the class; with a covariance codes are those of least error at the outputs.
+
+        w: [out, in], float    covariance: f32 [in, in], the inputs' mean products, or None
+        """
         assert self.problem("the weight", tuple(w.shape)) is None, "see problem()"
         if self.latent:
             return {"latent": w}
-        return pack(self, w)
+        return pack(self, w) if covariance is None else pack_with_feedback(self, w, covariance)
 
     def scales(self, w: Tensor) -> dict[str, Tensor]:
         """The side tensors but for the codes."""
@@ -166,8 +169,10 @@ class Scaled:
         divisor = packed.get("global_scale")
         scale = read_scales(packed["scale"], divisor)
         stored = packed["scale"].dtype
-        lost = self.element.largest * torch.finfo(stored).eps if stored.is_floating_point else 0.0
-        allowed = scale * (self.element.half_gap + lost)
+        allowed = scale * self.element.half_gap
+        if stored.is_floating_point:  # the largest value is off by as much as its scale, times itself
+            numbers = torch.finfo(stored)
+            allowed = allowed + self.element.largest * numbers.eps * scale.clamp_min(numbers.smallest_normal)
         return allowed if divisor is None else torch.maximum(allowed, self.element.largest * 2.0**-10 / divisor)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from graph.core import Graph
+from graph.formats.affine import dequantize_affine, format_of_affine
 from graph.formats.format import Format, unpack
 from graph.formats.four_bit import FourBit, dequantize_4bit
 from graph.formats.int8 import Int8, dequantize_int8
@@ -32,7 +33,9 @@ from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
-UNPACKING = (dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary, dequantize_scaled)
+UNPACKING = (
+    dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary, dequantize_scaled, dequantize_affine
+)  # fmt: skip
 FAKING = (fake_quantize_lut, fake_quantize_ternary, fake_quantize_scaled)
 
 DEQUANTIZE = tuple(map(op_name, (*UNPACKING, *FAKING)))
@@ -76,6 +79,9 @@ def format_of(site: Site) -> Format:
     if site.op == "qc.dequantize_scaled":
         given = arguments(site)
         return format_of_scaled(given["kind"], given["indices"].meta["val"], given["scale"].meta["val"])
+    if site.op == "qc.dequantize_affine":
+        given = _stand_ins(site)
+        return format_of_affine(given["indices"], given["scale"], given["bits"], given.get("group") is not None)
     if site.op == "qc.fake_quantize_scaled":
         given = arguments(site)
         scale_dtype = given.get("scale_dtype", torch.float32)

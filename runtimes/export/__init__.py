@@ -29,6 +29,9 @@ ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_p
 ONNX_OPTIONS = ("kv",)
 """The options of the target onnx."""
 
+GGUF_OPTIONS = ("encoding",)
+"""The options of the target gguf."""
+
 
 JOINT = ("safetensors",)
 """The targets that hold two models that were joined."""
@@ -41,12 +44,12 @@ def default_dtype(target: str) -> str:
 
 def options_of(target: str) -> tuple[str, ...]:
     """The options that a target has beside those of all."""
-    return {"ane": ANE_OPTIONS, "onnx": ONNX_OPTIONS, **OPTIONS}.get(target, ())
+    return {"ane": ANE_OPTIONS, "onnx": ONNX_OPTIONS, "gguf": GGUF_OPTIONS, **OPTIONS}.get(target, ())
 
 
 def homes_of(option: str) -> str:
     """The targets that have an option, as a text names them: ``target ane``, ``targets fp8 and nvfp4``."""
-    found = [target for target in ("ane", "onnx", *SERVING) if option in options_of(target)]
+    found = [target for target in ("ane", "onnx", "gguf", *SERVING) if option in options_of(target)]
     return f"target {found[0]}" if len(found) == 1 else f"targets {', '.join(found[:-1])} and {found[-1]}"
 
 

@@ -57,10 +57,11 @@ def carry(folder: Path, new: Path) -> None:
             shutil.copyfile(folder / name, new / name)
 
 
-def sign(new: Path, head: Mapping[str, Any]) -> None:
-    """Write what the export is, and the sha256 of each of its files."""
+def sign(new: Path, head: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """Write what the export is, and the sha256 of each of its files, of those ``known`` as they were written."""
+    told = known or {}
     files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
-    hashes = {name: {"sha256": sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
+    hashes = {name: {"sha256": told.get(name) or sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
     write_json(new / ABOUT, {**head, "files": hashes})
 
 

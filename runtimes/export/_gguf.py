@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,6 @@ from graph import QcError
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Model types whose names, settings and order of rows are known."""
 
-BLOCK = 256
-"""Values of a row that ternary encodings hold together."""
-
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Kinds of tokens."""
 
@@ -33,6 +32,8 @@ class Encoded:
 
     name: str
     """As in the checkpoint: ``model.layers.0.mlp.up_proj.weight``."""
+
+    shape: tuple[int, ...]
 
     encoding: str
     """``F16``, ``F32``, ``TQ2_0``, …: a name of ``gguf.GGMLQuantizationType``."""
@@ -60,23 +61,43 @@ def problems(config: Mapping[str, Any]) -> list[QcError]:
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Sequence[Encoded], tokenizer: Path | None) -> None:
-    """Write a file: settings, the tokenizer of a folder, and all tensors; one tensor is held beside the file."""
+    """Write a file: settings, the tokenizer of a folder, and all tensors; one tensor is held at a time."""
     gguf = package()
-    kind = str(config["model_type"])
-    writer = gguf.GGUFWriter(path, kind, use_temp_file=False)
+    writer = gguf.GGUFWriter(path, str(config["model_type"]), use_temp_file=False)
     _settings(writer, config)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(tensors))
     if tokenizer is not None and (tokenizer / "tokenizer.json").is_file():
         _tokenizer(writer, tokenizer, int(config["vocab_size"]))
     names = name_map(config)
-    made = [(names[one.name], one) for one in tensors]
-    for name, one in made:
-        value = arranged(one.name, one.load(), config)
+    for one in tensors:
         encoding = getattr(gguf.GGMLQuantizationType, one.encoding)
-        writer.add_tensor(name, np.ascontiguousarray(value), raw_dtype=encoding)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        shape, dtype = _stored(one, encoding)
+        bytes_ = prod(shape) * dtype.itemsize
+        writer.add_tensor_info(names[one.name], shape, dtype, bytes_, raw_dtype=encoding)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for one in tensors:
+            writer.write_tensor_data(np.ascontiguousarray(arranged(one.name, one.load(), config)))
+
+
+def _stored(one: Encoded, encoding: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what ``load`` gives."""
+    if one.encoding in ("F16", "F32"):
+        return one.shape, np.dtype({"F16": "<f2", "F32": "<f4"}[one.encoding])
+    values, size = package().GGML_QUANT_SIZES[encoding]
+    return (*one.shape[:-1], one.shape[-1] // values * size), np.dtype(np.uint8)
+
+
+def _file_type(tensors: Sequence[Encoded]) -> int:
+    """What the format calls a file most of whose values are encoded so."""
+    values: dict[str, int] = {}
+    for one in tensors:
+        values[one.encoding] = values.get(one.encoding, 0) + prod(one.shape)
+    most = max((name for name in values if name not in ("F16", "F32")), key=lambda name: values[name])
+    return int(package().LlamaFileType[f"MOSTLY_{most}"])
 
 
 def package() -> Any:
@@ -163,42 +184,3 @@ def _special(folder: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, int]]
         token = token["content"] if isinstance(token, dict) else token
         if token in numbers:
             yield key, numbers[token]
-
-
-# -- ternary encodings ----------------------------------------------------------------------------------------------
-
-
-def tq2_0(trits: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """Two bits each, 2.06 with their scale.
-
-    trits: u8 [rows, columns], 0 to 2    scales: f16 [rows, columns / 256]  ->  u8 [rows, columns / 256 * 66]
-
-    Of 128 values in a row, those 32 apart share a byte, the first in its lowest bits.
-    """
-    parts = trits.reshape(trits.shape[0], -1, 2, 4, 32)
-    packed = parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6
-    return _with_scales(packed.reshape(*scales.shape, 64).astype(np.uint8), scales)
-
-
-def tq1_0(trits: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """Five values a byte, 1.69 bits each with their scale.
-
-    trits: u8 [rows, columns], 0 to 2    scales: f16 [rows, columns / 256]  ->  u8 [rows, columns / 256 * 54]
-
-    A byte is a number of five digits to the base 3, the first the highest, times 256 / 243 and rounded up: a reader
-    multiplies by 3 and takes what leaves the byte, digit by digit. 160 values lie 32 apart in 32 bytes, 80 lie 16 apart
-    in 16, and the last 16 lie 4 apart in 4 bytes, of four digits and a zero.
-    """
-    blocks = trits.reshape(*scales.shape, BLOCK).astype(np.uint16)
-    found = []
-    for begin, end, apart in ((0, 160, 32), (160, 240, 16), (240, 256, 4)):
-        digits = blocks[..., begin:end].reshape(*scales.shape, -1, apart)
-        weights = np.array([81, 27, 9, 3, 1], np.uint16)[: digits.shape[-2], None]
-        found.append((digits * weights).sum(axis=-2, dtype=np.uint16))
-    number = np.concatenate(found, axis=-1)
-    return _with_scales(((number * np.uint16(256) + np.uint16(242)) // np.uint16(243)).astype(np.uint8), scales)
-
-
-def _with_scales(packed: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    blocks = np.concatenate([packed, scales[..., None].astype("<f2").view(np.uint8)], axis=-1)
-    return blocks.reshape(blocks.shape[0], -1)

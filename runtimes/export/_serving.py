@@ -7,6 +7,7 @@ at all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,9 @@ from runtimes.export import ExportReport
 from runtimes.export._folder import in_the_way, replacing, sign, sizes_of, write_json
 from runtimes.export.safetensors import DTYPES, Counted, describe
 from runtimes.serving import config, layout
+from runtimes.serving.caches import largest_kept
 from runtimes.serving.plan import Part, Plan, make_plan, unshared
-from runtimes.serving.settings import Dialect, Scheme, Serving, Target
+from runtimes.serving.settings import Dialect, KvCache, Scheme, Serving, Target
 
 SCALES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,24 +56,19 @@ def export(
     plan, others = _prepared(graph, settings, dtype, in_the_way(out, source, tokenizer, force))
     settings = plan.settings
     carried = tokenizer or source
-    largest: dict[str, float] = {}
-    if settings.calibrated:
-        largest = {part.module: part.seen for part in plan.parts if part.seen is not None}
-        unknown = [part for part in plan.parts if part.seen is None]
-        if unknown:
-            seen = rows if rows is not None else calibration_rows(graph, carried, calibration)
-            named = largest_inputs(graph, seen, [part.linear.name for part in unknown])
-            largest |= {part.module: named[part.linear.name] for part in unknown}
+    ranges = ranges_of(plan, rows, carried, calibration)
     count = Counted(DTYPES[dtype], dtype)
     entries = [count.entry(tensor) for tensor in others]
     for part in plan.parts:
-        entries += _Written(plan, part, largest, DTYPES[dtype]).entries()
+        entries += _Written(plan, part, ranges.inputs, DTYPES[dtype]).entries()
+    entries += _scales_of_caches(settings, ranges, DTYPES[dtype])
+    hashes: dict[str, str] = {}
     with replacing(out, force) as new:
-        write(new, entries, stem="model", max_shard=max_shard)
+        write(new, entries, stem="model", max_shard=max_shard, hashes=hashes)
         describe(graph, new, dtype, carried, {"quantization_config": config.quantization_config(plan, DTYPES[dtype])})
         if settings.dialect == "modelopt":
             write_json(new / "hf_quant_config.json", config.hf_quant_config(plan))
-        sign(new, _head(settings, dtype, largest) | dict(about or {}))
+        sign(new, _head(settings, dtype, ranges) | dict(about or {}), hashes)
     return ExportReport(out, target, dtype, sizes_of(out), count.figures() | {"packed": len(plan.parts)})
 
 
@@ -79,12 +76,15 @@ def check(graph: Graph, *, target: Target, dtype: str, **options: Any) -> list[Q
     """All that stands in the way of an export with these options, from shapes alone."""
     options.pop("calibration", None)
     settings = settings_of(target, **options)
-    return [*make_plan(graph, settings, SCALES[dtype])[1], *beside(settings, dtype)]
+    plan, errors = make_plan(graph, settings, SCALES[dtype])
+    return [*errors, *beside(plan, dtype)]
 
 
-def beside(settings: Serving, dtype: str) -> list[QcError]:
+def beside(plan: Plan, dtype: str) -> list[QcError]:
     """What is packed as this is computed with beside bf16 only, in transformers."""
-    if not settings.bf16_only or dtype == "bf16":
+    known = [plan.settings, *(part.settings for part in plan.parts)]
+    settings = next((one for one in known if one.bf16_only), None)
+    if settings is None or dtype == "bf16":
         return []
     what = settings.target if settings.dialect != "hf" else "the dialect hf"
     return [QcError(f"{what} is computed beside bf16, not {dtype}", fix="set dtype to bf16, or take it out")]
@@ -97,22 +97,53 @@ def settings_of(
     weight_only: bool = False,
     dialect: Dialect | None = None,
     group: int | None = None,
+    kv_cache: KvCache | None = None,
 ) -> Serving:
     """What is asked for; without a ``dialect`` it is that of compressed-tensors."""
     if dialect == "hf" and scheme is None:
         scheme = "block"
     found = dialect or "compressed-tensors"
-    return Serving(target=target, scheme=scheme, weight_only=weight_only, dialect=found, group=group)
+    return Serving(target=target, scheme=scheme, weight_only=weight_only, dialect=found, group=group, kv_cache=kv_cache)
 
 
-def _head(settings: Serving, dtype: str, largest: Mapping[str, float]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ranges:
+    """The largest magnitudes that were seen on text."""
+
+    inputs: Mapping[str, float]
+    """Of what linears read, by their names in a checkpoint, where that has to be known."""
+
+    kept: Mapping[str, tuple[float, float]]
+    """Of keys and values, by the attention that keeps them, where they are rounded."""
+
+
+def ranges_of(plan: Plan, rows: Sequence[Tensor] | None, carried: Path | None, calibration: int) -> Ranges:
+    """What the graph, or text that runs through it, tells of ranges."""
+    graph, parts = plan.graph, [part for part in plan.parts if part.settings.calibrated]
+    inputs = {part.module: part.seen for part in parts if part.seen is not None}
+    unknown = [part for part in parts if part.seen is None]
+    kept: dict[str, tuple[float, float]] = {}
+    if unknown or plan.settings.kv_cache is not None:
+        seen = rows if rows is not None else calibration_rows(graph, carried, calibration)
+        if unknown:
+            named = largest_inputs(graph, seen, [part.linear.name for part in unknown])
+            inputs |= {part.module: named[part.linear.name] for part in unknown}
+        if plan.settings.kv_cache is not None:
+            kept = largest_kept(graph, seen)
+    return Ranges(inputs, kept)
+
+
+def _scales_of_caches(settings: Serving, ranges: Ranges, dtype: torch.dtype) -> Iterator[Entry]:
+    for attention, largest in ranges.kept.items():
+        for name, scale in layout.cache_tensors(attention, largest, settings, dtype).items():
+            yield Entry(name, tuple(scale.shape), scale.dtype, partial(torch.clone, scale))
+
+
+def _head(settings: Serving, dtype: str, ranges: Ranges) -> dict[str, Any]:
     """What ``qc verify`` needs to know, to build by itself what the export should compute."""
-    asked = {
-        "scheme": settings.scheme, "weight_only": settings.weight_only, "dialect": settings.dialect,
-        "group": settings.group,
-    }  # fmt: skip
+    asked = {key: value for key, value in vars(settings).items() if key != "target"}
     head = {"format": "qc-export", "version": 1, "target": settings.target, "dtype": dtype}
-    return {**head, "serving": asked, "inputs": dict(largest)}
+    return {**head, "serving": asked, "inputs": dict(ranges.inputs), "kept": dict(ranges.kept)}
 
 
 def _prepared(graph: Graph, settings: Serving, dtype: str, errors: list[QcError]) -> tuple[Plan, list[Dense]]:
@@ -120,13 +151,12 @@ def _prepared(graph: Graph, settings: Serving, dtype: str, errors: list[QcError]
     if dtype not in DTYPES:
         raise QcError(f"no dtype is called {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
     config.library(settings)
-    errors += beside(settings, dtype)
     tensors, more = checkpoint_tensors(graph)
     if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
         errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
         raise_all([*more, *errors])
     plan, found = make_plan(graph, settings, SCALES[dtype])
-    raise_all([*found, *more, *errors, *(unshared(plan) if not found else ())])
+    raise_all([*found, *more, *errors, *beside(plan, dtype), *(unshared(plan) if not found else ())])
     taken = {part.name for part in plan.parts}
     return plan, [tensor for tensor in tensors if tensor.name not in taken]
 
@@ -136,7 +166,7 @@ class _Written:
 
     def __init__(self, plan: Plan, part: Part, largest: Mapping[str, float], dtype: torch.dtype):
         self.plan, self.part, self.dtype = plan, part, dtype
-        self.inputs = layout.input_tensors(plan.settings, largest.get(part.module, 0.0))
+        self.inputs = layout.input_tensors(part.settings, largest.get(part.module, 0.0))
         self.made: dict[str, Tensor] = {}
         self.left = 0
 
@@ -158,5 +188,5 @@ class _Written:
         return value
 
     def _tensors(self, sides: dict[str, Tensor]) -> dict[str, Tensor]:
-        shape, settings = self.plan.shape(self.part), self.plan.settings
+        shape, settings = self.plan.shape(self.part), self.part.settings
         return layout.checkpoint_tensors(self.part.form, sides, shape, settings, self.dtype) | self.inputs

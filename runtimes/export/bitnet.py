@@ -43,17 +43,23 @@ def export(
 
     Raises all that BitNet's packing has no form for, before any work.
     """
-    packed, kept, errors = split(graph)
-    errors += [error for one in packed for error in _misfits(graph, one)]
-    raise_all([*errors, *in_the_way(out, source, tokenizer, force)])
+    packed, kept, _ = split(graph)
+    raise_all([*check(graph), *in_the_way(out, source, tokenizer, force)])
     scales = {one.name.removesuffix(".weight"): one for one in packed}
+    hashes: dict[str, str] = {}
     with replacing(out, force) as new:
         entries = [entry for one in packed for entry in _entries(graph, one, DTYPES[dtype])]
         entries += [_kept(graph, one, scales, DTYPES[dtype]) for one in kept]
-        write(new, entries, stem="model", max_shard=max_shard)
+        write(new, entries, stem="model", max_shard=max_shard, hashes=hashes)
         describe(graph, new, dtype, tokenizer or source, {"quantization_config": _settings(graph, packed)})
-        sign(new, {"format": "qc-export", "version": 1, "target": "bitnet", "dtype": dtype, **(about or {})})
+        sign(new, {"format": "qc-export", "version": 1, "target": "bitnet", "dtype": dtype, **(about or {})}, hashes)
     return ExportReport(out, "bitnet", dtype, sizes_of(out), {"ternary": len(packed), "tensors": len(entries)})
+
+
+def check(graph: Graph) -> list[QcError]:
+    """All that stands in the way of an export, from shapes alone."""
+    packed, _, errors = split(graph)
+    return errors + [error for one in packed for error in _misfits(graph, one)]
 
 
 def _misfits(graph: Graph, one: Packed) -> Iterator[QcError]:

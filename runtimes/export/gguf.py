@@ -1,10 +1,11 @@
-"""A GGUF file of ternary weights, which llama.cpp and transformers read.
+"""A GGUF file, which llama.cpp and transformers read: packed weights in the encodings that it has.
 
-    model.gguf      packed weights as TQ2_0 (2.06 bits) or TQ1_0 (1.69 bits), other matrices in F16, vectors in F32
+    model.gguf      packed weights, other matrices in F16, vectors in F32
     config.json, tokenizer.json, …   for those who read the folder
 
-An encoding holds 256 values of a row and one scale together, so scales have to be shared by a row, by a multiple of 256
-columns, or by all. Weights that are packed as four trits a byte become TQ2_0, as five TQ1_0.
+Ternary weights become TQ2_0 (2.06 bits), or TQ1_0 (1.69 bits) where five share a byte; integers of 8 and 4 bits with an
+fp16 scale for 32 of a row Q8_0 (8.5 bits) and Q4_0 (4.5 bits). The weights of a graph that holds none of these are
+rounded on the way out, one at a time, as llama.cpp rounds them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from graph import Graph, QcError, raise_all
 from graph.dense import Dense
-from graph.formats.ternary_file import Packed, split
+from graph.formats import Ternary
+from graph.formats.ggml import Encoding
 from graph.formats.trits import unpack_trits
+from graph.weights import all_finite
 from runtimes.export import ExportReport
 from runtimes.export._folder import in_the_way, replacing, sign, sizes_of
-from runtimes.export._gguf import BLOCK, Encoded, package, problems, tq1_0, tq2_0, write
+from runtimes.export._gguf import Encoded, package, problems, write
+from runtimes.export._gguf_blocks import BLOCK, q4_0, q8_0, tq1_0, tq2_0
 from runtimes.export.safetensors import describe
+from runtimes.serving.gguf import Weight, make_plan
 
 FILE = "model.gguf"
 
@@ -40,63 +46,70 @@ def export(
     tokenizer: Path | None = None,
     force: bool = False,
     about: Mapping[str, Any] | None = None,
+    encoding: Encoding | None = None,
 ) -> ExportReport:
-    """Write the ternary weights of ``graph`` to the folder ``out``; the file is never sharded.
+    """Write ``graph`` to the folder ``out``; the file is never sharded.
 
-    Tokenizer and the rest as in the target safetensors. Raises all that is in the way before any work.
+    Float weights become ``encoding``, q8_0 if nothing is said. Tokenizer and the rest as in the target safetensors.
+    Raises all that is in the way before any work.
     """
-    packed, kept, _ = split(graph)
-    errors = check(graph)
+    plan, errors = make_plan(graph, encoding)
+    errors += problems(graph.config)
     if dtype != "fp16":
-        errors.append(QcError(f"a ternary GGUF file keeps floats in fp16, not {dtype}", fix="set dtype to fp16"))
+        errors.append(QcError(f"a GGUF file keeps floats in fp16, not {dtype}", fix="set dtype to fp16"))
+    if any(graph.tensor(name).is_meta for name in graph.tensors() if name not in graph.stored):
+        errors.append(QcError("the graph has no weights", fix="capture a model folder, not a configuration"))
     raise_all([*errors, *in_the_way(out, source, tokenizer, force)])
     package()
     carried = tokenizer or source
-    tensors = [_ternary(graph, one) for one in packed] + [_float(one) for one in kept]
+    tensors = [_packed(graph, one) for one in plan.packed] + [_float(one) for one in plan.kept]
     with replacing(out, force) as new:
         write(new / FILE, graph.config, tensors, carried)
         describe(graph, new, "fp16", carried)
-        sign(new, {"format": "qc-export", "version": 1, "target": "gguf", "dtype": dtype, **(about or {})})
-    return ExportReport(out, "gguf", dtype, sizes_of(out), {"tensors": len(tensors), "ternary": len(packed)})
+        head = {"format": "qc-export", "version": 1, "target": "gguf", "dtype": dtype, "encoding": encoding}
+        sign(new, {**head, **(about or {})})
+    figures: dict[str, float | int | str] = {"tensors": len(tensors), "packed": len(plan.packed)}
+    ternary = sum(isinstance(one.form, Ternary) for one in plan.packed)
+    return ExportReport(out, "gguf", dtype, sizes_of(out), figures | {"ternary": ternary})
 
 
-def check(graph: Graph) -> list[QcError]:
+def check(graph: Graph, encoding: Encoding | None = None) -> list[QcError]:
     """All that stands in the way of an export, from shapes alone."""
-    packed, _, errors = split(graph)
-    return errors + problems(graph.config) + [error for one in packed if (error := _misfit(graph, one))]
+    return make_plan(graph, encoding)[1] + problems(graph.config)
 
 
-def _misfit(graph: Graph, one: Packed) -> QcError | None:
-    """Why a weight does not fit into blocks of one scale."""
-    groups = graph.shape(f"{one.name}.scale")[1]
-    if one.transposed:
-        what = f"{one.name} is stored by columns, which GGUF has no encoding for"
-        return QcError(what, site=one.site.name, fix="export to ternary or safetensors")
-    if one.form.columns % BLOCK:
-        what = f"{one.name} has {one.form.columns} columns, and GGUF packs {BLOCK} together"
-        return QcError(what, site=one.site.name, fix="exclude it from ternary-ste, or export to ternary")
-    if one.form.columns // groups % BLOCK:
-        what = f"{one.name} has a scale for every {one.form.columns // groups} columns, and GGUF one for every {BLOCK}"
-        return QcError(what, site=one.site.name, fix="set granularity to channel, or group to 256, in ternary-ste")
-    return None
+def _packed(graph: Graph, one: Weight) -> Encoded:
+    blocks = _trits if isinstance(one.form, Ternary) else _integers
+    return Encoded(one.name, one.shape, one.encoding, partial(blocks, graph, one))
 
 
-def _ternary(graph: Graph, one: Packed) -> Encoded:
-    return Encoded(one.name, {"2bit": "TQ2_0", "trit5": "TQ1_0"}[one.form.packing], partial(_blocks, graph, one))
-
-
-def _blocks(graph: Graph, one: Packed) -> NDArray[np.uint8]:
+def _integers(graph: Graph, one: Weight) -> NDArray[np.uint8]:
     sides = one.sides(graph)
-    trits = unpack_trits(sides["indices"], one.form.packing, one.form.columns)
+    encode = {"Q8_0": q8_0, "Q4_0": q4_0}[one.encoding]
+    return encode(sides["indices"].cpu().numpy(), _fp16(f"a scale of {one.name}", sides["scale"]).numpy())
+
+
+def _trits(graph: Graph, one: Weight) -> NDArray[np.uint8]:
+    assert isinstance(one.form, Ternary)
+    sides = one.sides(graph)
+    trits = unpack_trits(sides["indices"].cpu(), one.form.packing, one.form.columns)
     blocks = one.form.columns // BLOCK
-    scales = sides["scale"].to(torch.float16).expand(trits.shape[0], -1)
+    scales = _fp16(f"a scale of {one.name}", sides["scale"]).expand(trits.shape[0], -1)
     wide = scales.repeat_interleave(blocks // scales.shape[1], dim=1)
-    encode = {"2bit": tq2_0, "trit5": tq1_0}[one.form.packing]
-    return encode(trits.numpy(), wide.numpy())
+    return {"TQ2_0": tq2_0, "TQ1_0": tq1_0}[one.encoding](trits.numpy(), wide.numpy())
 
 
 def _float(one: Dense) -> Encoded:
     """Matrices in fp16; vectors in fp32, as llama.cpp wants them, with the values that fp16 has."""
     if len(one.shape) > 1:
-        return Encoded(one.name, "F16", lambda: one.load().to(torch.float16).numpy())
-    return Encoded(one.name, "F32", lambda: one.load().to(torch.float16).float().numpy())
+        return Encoded(one.name, one.shape, "F16", lambda: _fp16(one.name, one.load()).numpy())
+    return Encoded(one.name, one.shape, "F32", lambda: _fp16(one.name, one.load()).float().numpy())
+
+
+def _fp16(name: str, value: Tensor) -> Tensor:
+    """``value`` in fp16; an error where that has no number for it."""
+    found = value.detach().to("cpu", torch.float16)
+    if not all_finite(found):
+        what = f"{name} is {float(value[~torch.isfinite(found)][0]):g}, which fp16 has no number for"
+        raise QcError(what, fix="export to safetensors with dtype bf16, or repair the model")
+    return found

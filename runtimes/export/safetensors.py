@@ -51,16 +51,20 @@ def export(
     tensors = _prepared(parts or graph, out, dtype, source, tokenizer, force)
     count = Counted(DTYPES[dtype], dtype)
     carried = {"": tokenizer or source, DECODER: tokenizer or source, ENCODER: memory_tokenizer}
+    hashes: dict[str, str] = {}
     with replacing(out, force) as new:
         for name, model in (parts.models if parts is not None else {"": graph}).items():
             (new / name).mkdir(exist_ok=True)
-            write(new / name, [count.entry(tensor) for tensor in tensors[name]], stem="model", max_shard=max_shard)
+            found: dict[str, str] = {}
+            entries = [count.entry(tensor) for tensor in tensors[name]]
+            write(new / name, entries, stem="model", max_shard=max_shard, hashes=found)
+            hashes |= {str(Path(name) / file): sha256 for file, sha256 in found.items()}
             describe(model, new / name, dtype, carried[name])
         if parts is not None:
             write(new, parts.entries(DTYPES[dtype]), stem=MEMORY, max_shard=max_shard)
             write_json(new / f"{MEMORY}.json", parts.about())
         head = {"format": "qc-export", "version": 1, "target": "safetensors", "dtype": dtype}
-        sign(new, {**head, **(about or {})})
+        sign(new, {**head, **(about or {})}, hashes)
     return ExportReport(out, "safetensors", dtype, sizes_of(out), count.figures())
 
 

@@ -14,7 +14,8 @@ from graph.dense import model_config
 from graph.formats import FourBit, Scaled, Ternary
 from graph.tracing import on_meta
 from runtimes.serving import ternary
-from runtimes.serving.plan import Plan, form_of
+from runtimes.serving.held import form_of
+from runtimes.serving.plan import Part, Plan
 from runtimes.serving.settings import Serving
 
 LAYOUTS = {
@@ -50,7 +51,8 @@ def quantization_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
             "modules_to_not_convert": ignored,
         }  # fmt: skip
     if settings.dialect == "modelopt":
-        return {"quant_method": "modelopt", **modelopt_config(plan), "producer": _PRODUCER}
+        kept = {} if settings.kv_cache is None else {"kv_cache_scheme": _KEPT}
+        return {"quant_method": "modelopt", **modelopt_config(plan), **kept, "producer": _PRODUCER}
     return _compressed(plan, ignored)
 
 
@@ -85,17 +87,33 @@ def _compressed(plan: Plan, ignored: list[str]) -> dict[str, Any]:
     """Through the library's own classes, which say no to what they do not know."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
-    settings = plan.settings
-    layout = layout_of(settings)
-    targets = patterns(part.module for part in plan.parts)
-    weights, inputs = arguments(plan)
-    scheme = QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=layout)
+    groups: dict[str, QuantizationScheme] = {}
+    for part in plan.parts:
+        weights, inputs = arguments(part)
+        scheme = QuantizationScheme(
+            targets=[part.module], weights=weights, input_activations=inputs, format=layout_of(part.settings)
+        )
+        alike = scheme.model_dump_json(exclude={"targets"})
+        groups.setdefault(alike, scheme.model_copy(update={"targets": []})).targets.append(part.module)
+    for scheme in groups.values():
+        scheme.targets[:] = patterns(scheme.targets)
+    layouts = {scheme.format for scheme in groups.values()}
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=layout, ignore=ignored,
-        quantization_status=QuantizationStatus.COMPRESSED,
+        config_groups={f"group_{number}": scheme for number, scheme in enumerate(groups.values())},
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision", ignore=ignored,
+        quantization_status=QuantizationStatus.COMPRESSED, kv_cache_scheme=_kept(plan.settings),
     )  # fmt: skip
     found: dict[str, Any] = json.loads(config.model_dump_json())
     return found
+
+
+def _kept(settings: Serving) -> Any:
+    """The library's QuantizationArgs of keys and values; None where they stay as they are."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if settings.kv_cache is None:
+        return None
+    return QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False)
 
 
 def layout_of(settings: Serving) -> str:
@@ -105,13 +123,13 @@ def layout_of(settings: Serving) -> str:
     return LAYOUTS[settings.target]
 
 
-def arguments(plan: Plan) -> tuple[Any, Any]:
-    """The library's QuantizationArgs of weights and of inputs; None for inputs that stay as they are."""
+def arguments(part: Part) -> tuple[Any, Any]:
+    """The library's QuantizationArgs of a weight and of inputs; None for inputs that stay as they are."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    if isinstance(plan.parts[0].form, Ternary):
-        return QuantizationArgs(num_bits=2, type="int", **ternary.strategy(plan.parts[0].form)), None
-    settings, form = plan.settings, form_of(plan.settings)
+    if isinstance(part.form, Ternary):
+        return QuantizationArgs(num_bits=2, type="int", **ternary.strategy(part.form)), None
+    settings, form = part.settings, form_of(part.settings)
     assert isinstance(form, Scaled)
     kind: dict[str, Any] = {"num_bits": form.element.bits, "type": "int" if form.kind.startswith("int") else "float"}
     weights = QuantizationArgs(**kind, **_strategy(form))
@@ -140,6 +158,9 @@ def _strategy(form: Scaled) -> dict[str, Any]:
     return {"strategy": "channel" if form.rows else "tensor"}
 
 
+_KEPT = {"dynamic": False, "num_bits": 8, "type": "float"}
+"""What ``config.json`` says of keys and values in ModelOpt's dialect."""
+
 _PRODUCER = {"name": "qc", "version": "1"}
 
 
@@ -151,7 +172,8 @@ def modelopt_config(plan: Plan) -> dict[str, Any]:
         algorithm = "NVFP4" if settings.inputs else "W4A16_NVFP4"
     grouped = {"group_size": 16} if settings.target == "nvfp4" else {}
     excluded = others(plan.graph, (part.module for part in plan.parts))
-    return {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded, **grouped}
+    kept = None if settings.kv_cache is None else settings.kv_cache.upper()
+    return {"quant_algo": algorithm, "kv_cache_quant_algo": kept, "exclude_modules": excluded, **grouped}
 
 
 def hf_quant_config(plan: Plan) -> Mapping[str, Any]:

@@ -106,6 +106,24 @@ def input_tensors(settings: Serving, largest: float) -> dict[str, Tensor]:
     return {"input_scale": factor.reshape(()) if settings.dialect == "modelopt" else factor}
 
 
+def cache_scale(largest: float, dtype: torch.dtype) -> Tensor:
+    """What keys or values of that largest magnitude are divided by, [1]; ``dtype`` is that of the model."""
+    return float_scales(torch.tensor([largest]), ELEMENTS["fp8"], dtype)
+
+
+def cache_tensors(
+    attention: str, largest: tuple[float, float], settings: Serving, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The scales of keys and values that an attention keeps, by their names in a checkpoint."""
+    modelopt = settings.dialect == "modelopt"
+    found = {}
+    for which, seen in zip("kv", largest, strict=True):
+        scale = cache_scale(seen, torch.float32 if modelopt else dtype)
+        name = f"{attention}.{which}_proj.{which}_scale" if modelopt else f"{attention}.{which}_scale"
+        found[name] = scale.reshape(()) if modelopt else scale
+    return found
+
+
 def _bitsandbytes(
     form: FourBit, sides: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Tensor]:

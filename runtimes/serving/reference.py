@@ -14,33 +14,44 @@ from torch import Tensor, fx
 
 from graph import Graph, TensorInfo
 from graph.formats import fake_quantize_input, store_packed
+from runtimes.serving.caches import round_kept
 from runtimes.serving.layout import input_tensors
 from runtimes.serving.plan import Part, Plan
 from runtimes.serving.settings import Serving
 
 
-def served(plan: Plan, largest: Mapping[str, float], dtype: torch.dtype = torch.float32) -> Graph:
+def served(
+    plan: Plan,
+    largest: Mapping[str, float],
+    dtype: torch.dtype = torch.float32,
+    kept: Mapping[str, tuple[float, float]] | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Graph:
     """Another graph, in ``dtype``; that of the plan is left as it is.
 
     ``largest``: the largest magnitude that each linear reads, by its weight's module, where inputs are calibrated.
+    ``kept``: those of keys and values, by the attention that keeps them, if they are rounded; their scales have
+    ``scale_dtype``.
     """
     twin = plan.graph.copy()
     if twin.dtype is not dtype:
         twin.to(dtype)
-    rounded: dict[tuple[fx.Node, float], fx.Node] = {}
+    rounded: dict[tuple[fx.Node, float, tuple[str, int]], fx.Node] = {}
     sites = {site.name: site for site in twin.sites("aten.linear")}
     for part in plan.parts:
         if part.packed is None:
             store_packed(twin, part.name, part.form, plan.sides(part))
     for part in plan.parts:
         site = sites[part.linear.name]
-        if plan.settings.inputs is None or part.rounded is not None:
+        if part.settings.inputs is None or part.rounded is not None:
             continue
         seen = largest.get(part.module, 0.0)
-        key = (site.input(0), seen)
+        key = (site.input(0), seen, part.settings.inputs)
         if key not in rounded:
-            rounded[key] = _insert(twin, part, site.node, plan.settings, seen)
+            rounded[key] = _insert(twin, part, site.node, part.settings, seen)
         site.set_input(0, rounded[key])
+    if kept is not None:
+        round_kept(twin, kept, scale_dtype)
     twin.verify()
     return twin
 

@@ -35,6 +35,12 @@ class Server:
     fuses: bool
     """Whether it multiplies q, k and v as one, and gate and up: then they are packed alike."""
 
+    mixes: bool
+    """Whether one checkpoint may hold several of what it loads."""
+
+    kv_cache: tuple[str, ...]
+    """The dialects of which it reads the scales of keys and values."""
+
     multiples: Mapping[str, Mapping[str, int]]
     """By target: what its kernels divide rows and columns of a weight by."""
 
@@ -61,7 +67,8 @@ def variant(settings: Serving) -> str:
     scheme = f"-{settings.scheme or 'channel'}" if settings.target == "fp8" else ""
     weights = "-weight-only" if settings.weight_only else ""
     dialect = "" if settings.dialect == "compressed-tensors" else f"{settings.dialect}:"
-    return f"{dialect}{settings.target}{scheme}{weights}"
+    shared = "-groups" if settings.target == "int8" and settings.group else weights
+    return f"{dialect}{settings.target}{scheme}{shared}"
 
 
 def refusals(name: str, graph: Graph, settings: Serving) -> Iterator[QcError]:
@@ -72,9 +79,20 @@ def refusals(name: str, graph: Graph, settings: Serving) -> Iterator[QcError]:
     plan, errors = make_plan(graph, settings, torch.float32)
     if errors:
         return  # said of the export itself
-    if variant(plan.settings) not in server.accepts:
-        yield _unknown(server, plan.settings)
+    if settings.target == "mixed" and not server.mixes:
+        fix = f"pack all weights in one format: {', '.join(_targets(server))}"
+        yield QcError(f"{server.title} loads one format a checkpoint, and this is a mixture", fix=fix)
         return
+    unknown = [one for one in dict.fromkeys(part.settings for part in plan.parts) if variant(one) not in server.accepts]
+    if unknown:
+        yield from (_unknown(server, one) for one in unknown)
+        return
+    if settings.kv_cache is not None and settings.dialect not in server.kv_cache:
+        instead = (
+            f"set dialect to {server.kv_cache[0]}, or take kv_cache out" if server.kv_cache else "take kv_cache out"
+        )
+        what = f"{server.title} does not read the scales of keys and values in the dialect {settings.dialect}"
+        yield QcError(what, fix=instead)
     yield from _heads(server, plan)
     yield from _sizes(server, plan)
     if server.fuses:
@@ -101,11 +119,11 @@ def _heads(server: Server, plan: Plan) -> Iterator[QcError]:
 
 def _sizes(server: Server, plan: Plan) -> Iterator[QcError]:
     """Kernels work in tiles."""
-    wanted = server.multiples.get(plan.settings.target, {})
     for part in plan.parts:
+        wanted = server.multiples.get(part.settings.target, {})
         for key, size in zip(("rows", "columns"), plan.shape(part), strict=True):
             if size % wanted.get(key, 1):
-                what = f"{server.title} divides the {key} of {plan.settings.target} weights by {wanted[key]}"
+                what = f"{server.title} divides the {key} of {part.settings.target} weights by {wanted[key]}"
                 what += f", and {part.name} has {size}"
                 yield QcError(what, site=part.linear.name, fix="exclude it from the select of quantize-base")
 

@@ -8,25 +8,29 @@ from typing import Literal, TypeAlias, get_args
 
 from graph.errors import QcError
 
-Target: TypeAlias = Literal["fp8", "nvfp4", "mxfp8", "mxfp4", "int2", "int4", "int8", "nf4"]
+Target: TypeAlias = Literal["fp8", "nvfp4", "mxfp8", "mxfp4", "int2", "int4", "int8", "nf4", "mixed"]
 Scheme: TypeAlias = Literal["channel", "tensor", "block", "static"]
 Dialect: TypeAlias = Literal["compressed-tensors", "modelopt", "hf"]
+KvCache: TypeAlias = Literal["fp8"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
+_CACHED = ("kv_cache", "calibration")
+
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "fp8": ("scheme", "weight_only", "dialect", "calibration"),
-    "nvfp4": ("weight_only", "dialect", "calibration"),
-    "mxfp8": ("weight_only",),
-    "mxfp4": ("weight_only",),
-    "int8": ("weight_only",),
-    "int4": ("group",),
-    "int2": (),
+    "fp8": ("scheme", "weight_only", "dialect", *_CACHED),
+    "nvfp4": ("weight_only", "dialect", *_CACHED),
+    "mxfp8": ("weight_only", *_CACHED),
+    "mxfp4": ("weight_only", *_CACHED),
+    "int8": ("weight_only", "group", *_CACHED),
+    "int4": ("group", *_CACHED),
+    "int2": _CACHED,
     "nf4": (),
+    "mixed": ("weight_only", *_CACHED),
 }
 """The options that each target has."""
 
-BF16 = ("fp8", "nvfp4", "mxfp8", "mxfp4")
+BF16 = ("fp8", "nvfp4", "mxfp8", "mxfp4", "mixed")
 """The targets where what stays as it is is written in bf16, if nothing else is asked for; elsewhere it is fp16."""
 
 BLOCK = 128
@@ -48,7 +52,10 @@ class Serving:
 
     dialect: Dialect = "compressed-tensors"
     group: int | None = None
-    """int4: the weights of a row that share a scale."""
+    """int4, int8: the weights of a row that share a scale. int8 has groups where inputs stay as they are."""
+
+    kv_cache: KvCache | None = None
+    """What keys and values are kept in, under scales known beforehand; without it, servers decide."""
 
     def mistakes(self) -> Iterator[QcError]:
         """What no model could be written as."""
@@ -65,6 +72,10 @@ class Serving:
             what = "scheme static gives inputs a scale, and weight_only leaves them as they are"
             yield QcError(what, fix="set scheme to tensor, or take weight_only out")
 
+        if self.kv_cache is not None and self.dialect == "hf":
+            what = "the dialect hf has no place for scales of the cache"
+            yield QcError(what, fix="take kv_cache out, or export to fp8 without a dialect")
+
     def _not_in_modelopt(self) -> Iterator[QcError]:
         if self.scheme == "tensor":
             what = "the dialect modelopt has no fp8 with one scale a weight and inputs scaled by token"
@@ -77,7 +88,9 @@ class Serving:
     def inputs(self) -> tuple[str, int] | None:
         """How inputs of linears are rounded: the kind, and the values that share a scale (0: all of a token)."""
         blocks = self.dialect == "modelopt" and self.scheme == "block"  # of which it has weight-only alone
-        if self.weight_only or blocks or self.target in ("int2", "int4", "nf4"):
+        if self.weight_only or blocks or self.target in ("int2", "int4", "nf4", "mixed"):
+            return None
+        if self.target == "int8" and self.group:
             return None
         if self.target == "fp8":
             return "fp8", BLOCK if self.scheme == "block" else 0
@@ -87,6 +100,11 @@ class Serving:
     def bf16_only(self) -> bool:
         """Whether transformers computes with it beside bf16 and nothing else."""
         return self.target in ("nvfp4", "mxfp8", "mxfp4") or self.dialect == "hf"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the export has to see a text, unless the graph knows all ranges."""
+        return self.calibrated or self.target == "mixed" or self.kv_cache is not None
 
     @property
     def calibrated(self) -> bool:

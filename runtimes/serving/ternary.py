@@ -37,23 +37,30 @@ def strategy(form: Ternary) -> dict[str, Any]:
 
 
 def problems(graph: Graph, held: Sequence[Site]) -> Iterator[QcError]:
-    """Why these packed weights are not written as one checkpoint of two bits."""
-    kinds: dict[str, str] = {}
+    """Why the ternary ones of these packed weights are not written in two bits."""
     for site in held:
         form, name = format_of(site), weight_name(site)
         if not isinstance(form, Ternary) or form.latent:
             continue
-        kinds.setdefault(str(strategy(form)), name)
         if graph.info(f"{name}.indices").transposed:
             what = f"{name} lies the other way round in its checkpoint, which servers do not read packed"
             yield QcError(what, site=site.name, fix="export to ternary or safetensors")
         if any(_rounds_tokens(Site(graph, reader)) for reader in site.node.users):
             what = f"what {name} multiplies is rounded to 8 bits, and servers would leave it as it is"
             yield QcError(what, site=site.name, fix="export to bitnet, or take act_bits out of ternary-ste")
+
+
+def apart(held: Sequence[Site]) -> Iterator[QcError]:
+    """Ternary weights that share their scales in different ways."""
+    kinds: dict[str, str] = {}
+    for site in held:
+        form = format_of(site)
+        if isinstance(form, Ternary):
+            kinds.setdefault(str(strategy(form)), weight_name(site))
     if len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         what = f"{first} and {second} share their scales in different ways, and a checkpoint has one"
-        yield QcError(what, fix="give all the same granularity in ternary-ste, or export to ternary")
+        yield QcError(what, fix="give all the same granularity in ternary-ste, or export to mixed")
 
 
 def _rounds_tokens(reader: Site) -> bool:

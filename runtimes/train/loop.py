@@ -18,7 +18,7 @@ import torch
 from graph import Graph, QcError
 from graph.weights import sha256
 from runtimes.data.disk import sweep
-from runtimes.settings import Train
+from runtimes.settings import Kd, Train
 from runtimes.train import plot
 from runtimes.train.checkpoints import Checkpoints, State, same
 from runtimes.train.corpus import open_text
@@ -194,7 +194,9 @@ class _Session:
             self.progress.note(notes[-1])
         self.trainer.give_back()
         if self.settings.plot and self.processes.main:
-            note = plot.draw(rows, self.folder / "loss.png", self.folder.name)
+            taught = isinstance(self.settings.objective, Kd)  # a divergence, where held-out text has its own tokens
+            heldout = "held-out text: the next token" if taught else "held-out text"
+            note = plot.draw(rows, self.folder / "loss.png", self.folder.name, heldout)
             if note:
                 notes.append(note)
                 self.progress.note(note)

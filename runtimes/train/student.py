@@ -23,6 +23,7 @@ from graph.lora import write_in_place
 from graph.nest import nest
 from graph.unpadded import without_padding
 from runtimes.data import Batch
+from runtimes.retrieval.questions import fits
 from runtimes.settings import Retrieval, Train
 from runtimes.train.chunked import chunkable, run_in_chunks
 from runtimes.train.distribute import Processes, fill
@@ -145,13 +146,16 @@ def check(graph: Graph, settings: Train) -> None:
     if graph.kind != "causal-lm" and not encodes:
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
-            fix="capture the model with kind='causal-lm'",
+            fix="train with objective: embedding",
         )
     if isinstance(settings.data, Retrieval) and "memory_ids" not in graph.inputs:
         raise QcError(
             "the data asks questions about chunks, and the model reads no memory",
             fix="join an encoder and a decoder with attach-memory, or train on text",
         )
+    for data in (settings.data, settings.eval_data):
+        if isinstance(data, Retrieval):
+            fits(graph, data)
     bare = [n for n in graph.tensors() if n not in graph.stored and graph.tensor(n).is_meta]
     if bare:
         raise QcError(

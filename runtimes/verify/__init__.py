@@ -3,6 +3,7 @@
 weights    exports of weights: transformers reads them
 joint      exports of two models: transformers reads both, and modules of the reader's own what is between them
 serving    exports for GPU servers: transformers reads them, and unpacks and rounds as their libraries do
+gguf       GGUF files: transformers unpacks them with the package of that name
 bitnet     ternary weights in BitNet's packing: transformers reads them, and rounds their tokens
 ternary    ternary exports: their integers are read for themselves, their floats by transformers
 packages   Core ML packages: the interpreter of runtimes/mil reads them
@@ -41,7 +42,11 @@ def verify(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float 
         from runtimes.verify.joint import verify_joint
 
         return verify_joint(folder, graph, tokenizer=tokenizer, timeout=timeout)
-    if target in ("safetensors", "gguf"):
+    if target == "gguf":
+        from runtimes.verify.gguf import verify_gguf
+
+        return verify_gguf(folder, graph, tokenizer=tokenizer, timeout=timeout)
+    if target == "safetensors":
         from runtimes.verify.weights import verify_weights
 
         return verify_weights(folder, graph, tokenizer=tokenizer, timeout=timeout)

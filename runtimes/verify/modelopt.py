@@ -52,7 +52,7 @@ def _translate(folder: Path, view: Path, algorithm: str) -> None:
 
     config = json.loads((folder / "config.json").read_text())
     excluded = config["quantization_config"]["exclude_modules"]
-    config["quantization_config"] = _config(algorithm, excluded)
+    config["quantization_config"] = _config(algorithm, excluded, config["quantization_config"]["kv_cache_quant_algo"])
     (view / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -65,16 +65,22 @@ def _translate(folder: Path, view: Path, algorithm: str) -> None:
         (view / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+def _config(algorithm: str, excluded: list[str], kept: str | None) -> dict[str, Any]:
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationStatus,
+        preset_name_to_scheme,
+    )
 
     preset, layout = _PRESETS[algorithm]
     scheme = preset_name_to_scheme(preset, ["Linear"])
     scheme.format = layout
     if algorithm == "FP8_PB_WO":
         scheme.input_activations = None
+    cache = QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False) if kept == "FP8" else None
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=layout, ignore=excluded,
+        config_groups={"group_0": scheme}, format=layout, ignore=excluded, kv_cache_scheme=cache,
         quantization_status=QuantizationStatus.COMPRESSED,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(config.model_dump_json())
@@ -84,7 +90,9 @@ def _config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
 def _renamed(name: str, value: Tensor, given: dict[str, Tensor], algorithm: str) -> Iterator[tuple[str, Tensor]]:
     """One tensor under the name, in the shape and the way round of compressed-tensors."""
     module, _, suffix = name.rpartition(".")
-    if f"{module}.weight_scale" not in given:
+    if suffix in ("k_scale", "v_scale"):
+        yield f"{module.rpartition('.')[0]}.{suffix}", value.reshape(1)
+    elif f"{module}.weight_scale" not in given:
         yield name, value
     elif algorithm in ("NVFP4", "W4A16_NVFP4"):
         factor = suffix in ("weight_scale_2", "input_scale")

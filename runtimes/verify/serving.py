@@ -24,6 +24,7 @@ from runtimes.serving import config, layout
 from runtimes.serving.plan import Plan, make_plan
 from runtimes.serving.reference import served
 from runtimes.serving.settings import Serving
+from runtimes.verify import caches
 from runtimes.verify.findings import Finding, hashes, read_about
 from runtimes.verify.modelopt import readable
 from runtimes.verify.weights import (
@@ -54,10 +55,12 @@ def verify_serving(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout
     files = (hashes(folder, about), _tensors(folder, plan, about, dtype), _config(folder, plan, dtype))
     if not all(finding.passed for finding in files):
         return unread(files)
-    compute = torch.bfloat16 if settings.bf16_only else torch.float32
+    compute = torch.bfloat16 if plan.bf16_only or settings.bf16_only else torch.float32
     if settings.dialect == "hf":  # without a GPU transformers unpacks the weights, and leaves inputs as they are
-        plan = replace(plan, settings=replace(plan.settings, weight_only=True))
-    twin, probes = served(plan, about["inputs"], compute), probe_batches(graph)
+        plan = _weight_only(plan)
+    kept = _kept(about) if settings.kv_cache is not None else None
+    scales = torch.float32 if settings.dialect == "modelopt" else dtype
+    twin, probes = served(plan, about["inputs"], compute, kept, scales), probe_batches(graph)
     modules = [part.module for part in plan.parts]
     with readable(folder, settings.dialect) as view:
         read, facts = read_export(view, graph, probes, timeout, str(compute).removeprefix("torch."), modules)
@@ -66,16 +69,33 @@ def verify_serving(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout
     weights = _weights(plan, facts["weights"], compute)
     before = (*files, Finding("transformers loads it", True, str(facts["model"])), weights)
     theirs = at_tokens([t for t in read if isinstance(t, Tensor)], probes)
-    rounded = Rounded(twin, dtype, compute, frozenset(part.name for part in plan.parts))
-    return _compared(before, graph, rounded, theirs, probes, texts_found(facts, graph.kind, tokenizer))
+    names = frozenset(part.name for part in plan.parts)
+    rounded = Rounded(twin, dtype, compute, names)
+    after = texts_found(facts, graph.kind, tokenizer)
+    if kept is not None:
+        plain = Rounded(served(plan, about["inputs"], compute), dtype, compute, names)
+        after = [*caches.findings(plain, theirs, probes, kept, scales), *after]
+    return _compared(before, graph, rounded, theirs, probes, after)
+
+
+def _weight_only(plan: Plan) -> Plan:
+    parts = tuple(replace(part, settings=replace(part.settings, weight_only=True)) for part in plan.parts)
+    return replace(plan, parts=parts)
+
+
+def _kept(about: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """The largest keys and values that the export was made for."""
+    return {name: (float(k), float(v)) for name, (k, v) in about["kept"].items()}
 
 
 def _asked(folder: Path, about: dict[str, Any]) -> tuple[Serving, torch.dtype]:
     """What was asked for, and the dtype of what is not packed."""
     try:
         settings = Serving(target=about["target"], **about["serving"])
+        if settings.kv_cache is not None:
+            _kept(about)
         return settings, _DTYPES[about["dtype"]] if isinstance(about["inputs"], dict) else _DTYPES[""]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise QcError(f"{folder / ABOUT} is damaged", fix="export again") from None
 
 
@@ -108,17 +128,20 @@ def _tensors(folder: Path, plan: Plan, about: dict[str, Any], dtype: torch.dtype
         stored = {name: s for path in sorted(folder.glob("*.safetensors")) for name, s in read_header(path).items()}
     except QcError as error:
         return Finding("tensors", False, error.what)
+    wanted: dict[str, Tensor] = {}
     for part in plan.parts:
-        inputs = layout.input_tensors(plan.settings, about["inputs"].get(part.module, 0.0))
-        made = layout.checkpoint_tensors(part.form, plan.planned(part), plan.shape(part), plan.settings, dtype)
-        for suffix, value in {**made, **inputs}.items():
-            name = f"{part.module}.{suffix}"
-            found = stored.pop(name, None)
-            if found is None:
-                return Finding("tensors", False, f"{name} is missing")
-            if (found.shape, found.dtype) != (tuple(value.shape), value.dtype):
-                wanted = f"{value.dtype} {list(value.shape)}"
-                return Finding("tensors", False, f"{name} is {found.dtype} {list(found.shape)}, not {wanted}")
+        inputs = layout.input_tensors(part.settings, about["inputs"].get(part.module, 0.0))
+        made = layout.checkpoint_tensors(part.form, plan.planned(part), plan.shape(part), part.settings, dtype)
+        wanted |= {f"{part.module}.{suffix}": value for suffix, value in {**made, **inputs}.items()}
+    for attention, largest in _kept(about).items() if plan.settings.kv_cache is not None else ():
+        wanted |= layout.cache_tensors(attention, largest, plan.settings, dtype)
+    for name, value in wanted.items():
+        found = stored.pop(name, None)
+        if found is None:
+            return Finding("tensors", False, f"{name} is missing")
+        if (found.shape, found.dtype) != (tuple(value.shape), value.dtype):
+            said = f"{value.dtype} {list(value.shape)}"
+            return Finding("tensors", False, f"{name} is {found.dtype} {list(found.shape)}, not {said}")
     packed = {part.module for part in plan.parts}
     for name, s in stored.items():
         if name.rpartition(".")[0] in packed and not name.endswith(".bias"):

@@ -139,8 +139,6 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _headers(folder: Path, about: dict[str, Any]) -> Finding:
     """The safetensors files as their own headers describe them."""
-    if about["target"] == "gguf":
-        return Finding("tensors", True, "in a GGUF file, which its reader tells")
     count = 0
     dtype = DTYPES[about["dtype"]]
     for path in sorted(folder.glob("*.safetensors")):

@@ -107,6 +107,16 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
     assert torch.equal(read_header(tmp_path / names[2])["e"].load(), tensors["e"])
 
 
+def test_what_is_written_is_hashed_on_the_way(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(100, 30) for name in "abcde"} | {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
+    hashes: dict[str, str] = {}
+    where = write(
+        tmp_path, [entry(name, value) for name, value in tensors.items()], stem="w", max_shard=25_000, hashes=hashes
+    )
+    assert hashes == {name: sha256(tmp_path / name) for name in set(where.values())}
+    assert len(hashes) == 3
+
+
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
     alive: list[str] = []
 
@@ -300,11 +310,16 @@ def test_weights_that_are_only_a_pickle_are_refused(folder: Path) -> None:
     )
 
 
-def test_a_model_that_is_quantized_already_is_refused(folder: Path) -> None:
+def test_a_model_that_is_said_to_be_packed_and_is_not_is_refused(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
     assert errors(capture, str(folder)) == (
-        f"{folder} is quantized already (fp8)\n  fix    give the model before it was quantized, and let quantize-base do it"
+        f"{folder}: config.json says that fp8 has packed the weights, and no packed one is there\n"
+        "  fix    fetch the checkpoint again, or take quantization_config out of config.json"
+    )
+    assert errors(open_checkpoint, str(folder)) == (
+        f"{folder} is quantized already (fp8), and float weights are wanted\n"
+        "  fix    give the model before it was quantized"
     )
 
 

@@ -250,15 +250,29 @@ def test_every_indivisible_weight_is_reported_at_once_and_before_any_is_packed()
     assert str(graph) == text
 
 
-def test_an_option_that_int8_has_no_use_for_is_an_error() -> None:
+def test_an_option_that_a_scheme_has_no_use_for_is_an_error() -> None:
     graph = capture_module(Mlp(), torch.randn(3, 32))
-    for step, unused in (
-        (QuantizeBase(select=ALL, scheme="int8", double_quant=True), "double_quant"),
-        (QuantizeBase(select=ALL, scheme="int8", block=128), "block"),
+    for step, text in (
+        (
+            QuantizeBase(select=ALL, scheme="int8", double_quant=True),
+            "int8 has one scale a row and no double_quant\n  fix    take double_quant out, or use nf4",
+        ),
+        (
+            QuantizeBase(select=ALL, scheme="int8", scale_dtype="fp16"),
+            "int8 has scales of a fixed dtype\n  fix    take scale_dtype out, or give block",
+        ),
+        (
+            QuantizeBase(select=ALL, scheme="nf4", block=32, scale_dtype="fp16"),
+            "nf4 has scales of a fixed dtype\n  fix    take scale_dtype out, or use fp8, int4, or int8 with a block",
+        ),
+        (
+            QuantizeBase(select=ALL, scheme="nvfp4", block=128),
+            "nvfp4 has scales of a fixed kind and no block\n  fix    take block out, or use nf4",
+        ),
     ):
         with pytest.raises(QcError) as caught:
             apply(step, graph)
-        assert str(caught.value) == f"int8 has one scale a row and no {unused}\n  fix    take {unused} out, or use nf4"
+        assert str(caught.value) == text
 
 
 def test_a_selection_without_a_match_is_an_error() -> None:

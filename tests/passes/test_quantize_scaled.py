@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from graph import Graph, QcError, QcErrors, Selector, capture, capture_module
-from graph.formats import format_of, packed_sites
+from graph.formats import Scaled, format_of, packed_sites
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from tests.rewrites import assert_rewrites
@@ -61,6 +61,7 @@ def test_a_selected_linear_reads_codes_times_scales() -> None:
         ({"scheme": "mxfp8"}, [64, 2], "mxfp8"),
         ({"scheme": "mxfp4"}, [64, 2], "mxfp4"),
         ({"scheme": "int4", "block": 32}, [64, 2], "int4, blocks of 32"),
+        ({"scheme": "int8", "block": 32}, [64, 2], "int8, blocks of 32"),
     ],
 )
 def test_each_scheme_keeps_its_contract_and_is_found_again(options: Any, scale: list[int], name: str) -> None:
@@ -70,6 +71,18 @@ def test_each_scheme_keeps_its_contract_and_is_found_again(options: Any, scale: 
     assert list(graph.shape("up.weight.scale")) == scale
     assert format_of(site).name == name
     assert apply(step, graph).changed == ()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_scales_in_fp16_are_those_that_codes_are_found_for(scheme: Any) -> None:
+    graph = capture_module(Mlp(64), torch.randn(3, 64))
+    with torch.no_grad():
+        graph.tensor("up.weight")[:8] *= 1e-4  # where fp16 has few numbers
+    apply(QuantizeBase(select=Selector(name="up"), scheme=scheme, block=32, scale_dtype="fp16"), graph)
+    assert graph.dtype_of("up.weight.scale") is torch.float16
+    (site,) = packed_sites(graph)
+    form = format_of(site)
+    assert isinstance(form, Scaled) and form.scale_dtype is torch.float16
 
 
 def test_weights_that_servers_fuse_share_their_global_scale() -> None:

@@ -59,6 +59,9 @@ def test_help_names_every_command_and_every_exit_code(tmp_path: Path) -> None:
         ),
         (["--target", "ane", "--context", "0"], "error: --context is 0\n  fix    give a number from 1\n"),
         (["--target", "ane", "--prefill", "-1"], "error: --prefill is -1\n  fix    give a number from 0\n"),
+        (["--target", "int4", "--kv-cache", "bf16"], "error: --kv-cache is bf16\n  fix    use one of fp8\n"),
+        (["--target", "int4", "--group", "48"], "error: --group is 48\n  fix    use one of 32, 64, 128\n"),
+        (["--target", "gguf", "--encoding", "q5_0"], "error: --encoding is q5_0\n  fix    use one of q8_0, q4_0\n"),
     ],
 )
 def test_options_of_a_target_stand_with_that_target(argv: list[str], text: str, tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ SILLY = [
     ("train nowhere", "nowhere is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("export --target onyx", "no export target is called 'onyx'", "did you mean 'onnx'?"),
     ("export --target tflite", "no export target is called 'tflite'",
-     "use one of: ane, bitnet, fp8, gguf, int2, int4, int8, mxfp4, mxfp8, nf4, nvfp4, onnx, safetensors, ternary"),
+     "use one of: ane, bitnet, fp8, gguf, int2, int4, int8, mixed, mxfp4, mxfp8, nf4, nvfp4, onnx, safetensors, ternary"),
     ("export --dtype fp8", "'fp8' is no dtype to export", "use fp16, bf16 or fp32"),
     ("export tiny", "tiny is not a run of qc", "give a folder under runs/, or leave it out for the latest run"),
     ("show nowhere", "there is no recipe 'nowhere'",

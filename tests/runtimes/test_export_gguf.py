@@ -15,7 +15,7 @@ from graph.formats import dense_value, packed_sites, weight_name
 from passes.freeze_ternary import FreezeTernary
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
-from runtimes.export._gguf import tq1_0, tq2_0
+from runtimes.export._gguf_blocks import tq1_0, tq2_0
 from runtimes.export.gguf import FILE, export
 from runtimes.verify import verify
 from tests.runtimes.test_verify import same_process
@@ -26,7 +26,7 @@ gguf = pytest.importorskip("gguf")
 
 
 @cache
-def _captured(kind: str) -> Graph:
+def captured(kind: str) -> Graph:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def _captured(kind: str) -> Graph:
 
 
 def frozen(kind: str = "qwen3", packing: Any = "2bit", **options: Any) -> Graph:
-    graph = _captured(kind).copy()
+    graph = captured(kind).copy()
     apply(TernarySte(**options), graph, check=False)
     apply(FreezeTernary(packing=packing), graph, check=False)
     return graph
@@ -100,5 +100,5 @@ def test_what_gguf_cannot_hold_is_told_before_anything_is_written(tmp_path: Path
     )
     with pytest.raises(QcError) as caught:
         export(frozen(), tmp_path / "out", dtype="fp32")
-    assert str(caught.value) == ("a ternary GGUF file keeps floats in fp16, not fp32\n  fix    set dtype to fp16")
+    assert str(caught.value) == "a GGUF file keeps floats in fp16, not fp32\n  fix    set dtype to fp16"
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from graph import Graph, capture
-from runtimes.export import default_dtype, find
+from runtimes.export import default_dtype, find, options_of
 from runtimes.verify import weights_worker
 from tests.runtimes.readers import read_here
 
@@ -51,6 +51,7 @@ CASES = [
     Case("int4", {"group": 32}, "bf16"),
     Case("int8"),
     Case("int8", {"weight_only": True}),
+    Case("int8", {"group": 64}),
     Case("nf4"),
 ]
 
@@ -74,7 +75,7 @@ def graph() -> Graph:
 
 
 def exported(folder: Path, case: Case, of: Graph | None = None) -> Path:
-    tokens = {"calibration": 64} if case.target in ("fp8", "nvfp4") else {}
+    tokens = {"calibration": 64} if "calibration" in options_of(case.target) else {}
     dtype = case.dtype or default_dtype(case.target)
     find(case.target)(of or graph(), folder, dtype=dtype, **tokens, **case.options)
     return folder

@@ -130,8 +130,8 @@ def test_every_format_is_a_target_with_its_own_options() -> None:
     assert {target: default_dtype(target) for target in ("fp8", "int4", "ane")} == {
         "fp8": "bf16", "int4": "fp16", "ane": "fp16",
     }  # fmt: skip
-    assert options_of("int4") == ("group",)
-    assert homes_of("group") == "target int4"
+    assert options_of("int4") == ("group", "kv_cache", "calibration")
+    assert homes_of("group") == "targets int4 and int8"
     assert homes_of("dialect") == "targets fp8 and nvfp4"
 
 

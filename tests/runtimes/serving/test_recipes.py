@@ -18,7 +18,7 @@ from recipes.shipped import names
 from runtimes.export import default_dtype, find, obstacles, targets
 from runtimes.serving.settings import TARGETS
 
-TERNARY_ONLY = ("gguf", "ternary")
+TERNARY_ONLY = ("bitnet", "ternary")
 DENSE = ("fp16", "qlora", "kd-cache")
 """The recipes that end in float weights."""
 
@@ -40,15 +40,21 @@ def refusal(recipe: str, target: str) -> str | None:
             f"the graph joins encoder and decoder, and {target} holds one model\n"
             "  fix    export a stage from before attach-memory; qc generate --context runs both"
         )
+    if target == "mixed" and recipe in DENSE:
+        missing = "the graph holds no packed weights, and mixed writes them in the formats that they have"
+        return f"{missing}\n  fix    add a quantize-base for each format, or export to one of them"
     if recipe in DENSE:
         missing = "the graph has no ternary weights\n  fix    add ternary-ste and freeze-ternary"
         missing += ", or export to int4" if target == "int2" else ""
         return missing if target in (*TERNARY_ONLY, "int2") else None
-    if recipe in TERNARY and target == "int2":
+    if recipe in TERNARY and target in ("int2", "mixed"):
         return None
     lut = recipe in LUT
     held = f"lut of 16 levels, scales of rank {LUT[recipe]}" if lut else "ternary, groups of 64"
     site = f"\n  site   {FIRST}/dequantize\n  fix    "
+    if target == "mixed":
+        what = f"{FIRST} holds {held}, and so do 20 more, which compressed-tensors has no form of"
+        return f"{what}{site}pack it in another format, or leave it as floats"
     if target in TARGETS:
         what = f"{FIRST} holds {held}, and so do 20 more: as {target} it would be rounded twice"
         own, again = "safetensors" if lut else "int2", "add the pass dequantize before the export, which then rounds"
@@ -58,9 +64,16 @@ def refusal(recipe: str, target: str) -> str | None:
     if target in TERNARY_ONLY and lut:
         what = f"{FIRST} holds {held}, and so do 20 more, and ternary weights are wanted"
         return f"{what}{site}export to safetensors, or add dequantize, ternary-ste and freeze-ternary, which rounds once more"
+    if target == "gguf" and lut:
+        what = f"{FIRST} holds {held}, and so do 20 more, and GGUF has no encoding of it"
+        again = "add the pass dequantize before the export, which then rounds to q8_0"
+        return f"{what}{site}export to safetensors, or {again}"
     if target == "gguf":
         what = f"{FIRST} has a scale for every 64 columns, and GGUF one for every 256"
         return f"{what}{site}set granularity to channel, or group to 256, in ternary-ste"
+    if target == "bitnet":
+        what = f"{FIRST} has more than one scale, and BitNet's packing one"
+        return f"{what}{site}set granularity to tensor in ternary-ste, or export to ternary"
     return None
 
 

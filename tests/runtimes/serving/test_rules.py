@@ -41,7 +41,8 @@ def test_every_variant_that_a_server_takes_can_be_asked_for(server: str) -> None
         target, *words = rest.split("-")
         scheme = words[0] if target == "fp8" else None
         weight_only = words[-2:] == ["weight", "only"]
-        settings = settings_of(target, scheme=scheme, weight_only=weight_only, dialect=dialect or None)  # type: ignore[arg-type]
+        group = 128 if words == ["groups"] else None
+        settings = settings_of(target, scheme=scheme, weight_only=weight_only, dialect=dialect or None, group=group)  # type: ignore[arg-type]
         assert not list(settings.mistakes()), one
         assert variant(settings) == one
 

@@ -95,7 +95,7 @@ def test_what_has_no_such_form_is_told_before_anything_is_written() -> None:
     )
     assert said(mixed()) == [
         f"{first} and model.layers.0.mlp.gate_proj.weight share their scales in different ways, and a checkpoint has one"
-        " | give all the same granularity in ternary-ste, or export to ternary"
+        " | give all the same granularity in ternary-ste, or export to mixed"
     ]
 
 
