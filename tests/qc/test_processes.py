@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_a_compile_that_was_killed_goes_on_and_gives_the_same_bytes(project: Pat
     found = Path(project, answer(compiled(project, "nf4", 2))["artifact"])
     assert sha256(found / "weights.safetensors") == sha256(wanted / "weights.safetensors")
     assert not list(project.glob("runs-2/.cache/*.parts"))
+
+
+@pytest.mark.slow
+def test_processes_that_a_launcher_started_divide_the_work_and_the_first_writes(project: Path) -> None:
+    wanted = Path(project, answer(compiled(project, "nf4", 1))["artifact"])
+
+    def launched(rank: int) -> Done:
+        env = {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        return qc("compile", "recipe.yaml", "--runs", "both", "--json", cwd=project, env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(launched, (0, 1))
+    assert (second.code, second.out) == (0, ""), second.err
+    found = Path(project, answer(first)["artifact"])
+    assert sha256(found / "weights.safetensors") == sha256(wanted / "weights.safetensors")
+    assert not list(project.glob("both/.cache/*.parts"))
 
 
 def test_a_check_says_that_a_compile_decides_what_is_kept(project: Path) -> None:
