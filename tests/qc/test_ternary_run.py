@@ -46,7 +46,7 @@ def test_what_is_near_enough_is_not_trained(tmp_path: Path) -> None:
 def test_a_training_that_runs_away_ends_with_its_best_checkpoint(tmp_path: Path) -> None:
     wild = (
         "recover.train.groups.weights.lr=3.0", "recover.train.groups.weights.warmup=0", "recover.train.steps=12",
-        "recover.train.clip=null", "recover.train.divergence.window=2",
+        "recover.train.clip=null", "recover.train.divergence.window=2", "recover.train.divergence.ratio=1.05",
     )  # fmt: skip
     done, _ = run(tmp_path, "ternary", *wild)
     assert done.code == 0, done.err
