@@ -16,6 +16,7 @@ from graph.binding import bind_live, bind_packed, fill_in_computed
 from graph.canonical import clean
 from graph.checkpoint import open_checkpoint
 from graph.core import Graph, TensorInfo
+from graph.encoder import has_encoder_alone
 from graph.errors import QcError
 from graph.leaves import kept_whole, supports_hooks
 from graph.shapes import HINTS
@@ -189,9 +190,11 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def on_meta(config: Any, kind: Kind, dtype: torch.dtype) -> Any:
     """The model of ``config`` without weights."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding
 
-    maker = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    maker: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    if kind == "encoder" and has_encoder_alone(config):
+        maker = AutoModelForTextEncoding
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
