@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
+from graph.apart import Parcel, divided
 from graph.core import Graph, TensorInfo
 from graph.errors import QcError
 from graph.formats.format import has_data
@@ -44,8 +45,10 @@ def sum_of_products(x: Tensor, attention_mask: Tensor) -> Tensor:
 
 def second_moments(
     graph: Graph, linears: Sequence[Site], batches: Iterable[Mapping[str, Tensor]], covariance: bool = False
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     """``E[x_i^2]`` of what each linear reads, f32 [in], or ``E[x_i x_j]``, f32 [in, in], by the linear's name.
+
+    Beside them over how many tokens that is.
 
     ``batches`` are inputs of the graph, ``input_ids`` and ``attention_mask``. A graph whose weights lie on disk streams
     them; of the activations no more than these are kept, once for linears that read the same.
@@ -63,14 +66,20 @@ def second_moments(
     twin.set_outputs(list(sums.values()))
     twin.verify()
     totals, tokens = [torch.zeros(()) for _ in sums], 0
-    for batch in batches:
+
+    def measured(batch: Mapping[str, Tensor]) -> Parcel:
         with torch.no_grad():
             found = twin(**batch)
-        found = list(found) if len(sums) > 1 else [found]
-        totals = [one.add_(total) for total, one in zip(totals, found, strict=True)]
+        return Parcel({str(n): one for n, one in enumerate(found if len(sums) > 1 else [found])})
+
+    items = ((batch, batch["input_ids"].numel()) for batch in batches)
+    # matrices are many times what a batch is: to measure them again in each process costs less than to hand them over
+    seen = ((batch, measured(batch)) for batch, _ in items) if covariance else divided("moments", measured, items, 1)
+    for batch, parcel in seen:
+        totals = [one.add_(total) for total, one in zip(totals, parcel.on(graph.device).values(), strict=True)]
         tokens += int((batch["attention_mask"] > 0).sum())
     means = {x: total.div_(max(tokens, 1)).float() for x, total in zip(sums, totals, strict=True)}
-    return {linear: means[x] for linear, x in reads.items()}
+    return {linear: means[x] for linear, x in reads.items()}, tokens
 
 
 def keep_moments(graph: Graph, weight: str, linear: Site, moments: Tensor, suffix: str = SUFFIX) -> str:

@@ -71,13 +71,14 @@ class Calibrate(Pass):
         linears = self.select.pick(graph.sites("aten.linear"), graph.blocks)
         weights = {site.name: _weight(site) for site in linears}
         bare = [name for name in graph.tensors() if name not in graph.stored and graph.tensor(name).is_meta]
+        seen = self.tokens
         if bare:
             found = {site.name: self._unknown(in_out(site)[0]) for site in linears}
         elif self.read is None:
             raise QcError("calibrate has no text to read", fix="run it from a recipe, or give it text with reading()")
         else:
             batches = self.read(self.data, self.tokens, self.length, self.batch)
-            found = second_moments(graph, linears, batches, self.covariance)
+            found, seen = second_moments(graph, linears, batches, self.covariance)
         names = []
         for site in linears:
             moments, weight = found[site.name], weights[site.name]
@@ -85,7 +86,7 @@ class Calibrate(Pass):
                 names.append(keep_moments(graph, weight, site, moments, COVARIANCE))
                 moments = moments.diagonal().clone()
             names.append(keep_moments(graph, weight, site, moments))
-        return Report(tuple(names), {"linears": len(linears), "tokens": self.tokens})
+        return Report(tuple(names), {"linears": len(linears), "tokens": seen})
 
     def _unknown(self, columns: int) -> torch.Tensor:
         """Of a plan, which has no values."""

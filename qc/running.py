@@ -23,8 +23,11 @@ from runtimes.settings import Evaluate
 Tell = Callable[[str], None]
 
 
-def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
-    """Every stage in order: passes, a look at gradients and text, training, figures, gates, exports."""
+def run_recipe(run: Run, recipe: Recipe, tell: Tell, processes: int = 1) -> None:
+    """Every stage in order: passes, a look at gradients and text, training, figures, gates, exports.
+
+    Passes divide their work on weights among so many ``processes``.
+    """
     began = time.perf_counter()
     artifact: Path | None = None
     done: dict[str, Path] = {}
@@ -35,7 +38,7 @@ def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
         if compares and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
         parent = artifact if stage.start is None else done[stage.start]
-        artifact = compile_stage(run, recipe, stage, parent, tell=tell)
+        artifact = compile_stage(run, recipe, stage, parent, tell=tell, processes=processes)
         if stage.evaluate is not None:
             evaluate_stage(run, recipe, stage, "compiled", artifact, tell)
         if stage.audit is not None:

@@ -38,6 +38,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
     if train.when is not None and train.least_increase() is None:
         what = f"train.when cannot be {train.when!r}"
         mistakes.add(node.map["when"].place, what, "write when: perplexity_increase > 5 %")
+    if train.memory is not None and train.memory_bytes() is None:
+        what = f"train.memory cannot be {train.memory!r}"
+        mistakes.add(node.map["memory"].place, what, "write memory: auto, or a size such as memory: 8GiB")
 
 
 def _check_layerwise(train: Train, node: Node, mistakes: Mistakes) -> None:
