@@ -6,7 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from graph.weights import Stored, read_header
 
 if TYPE_CHECKING:
     from graph.core import Graph
+    from graph.prequantized import Held
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -29,10 +31,18 @@ class Checkpoint:
     folder: Path
     config: Any
     tensors: dict[str, Stored]
+    packed: Mapping[str, Held] = field(default_factory=dict)
+    """The weights that are packed already, by the keys that they would have if they were dense."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which most floating numbers are stored."""
+        """The dtype in which most floating numbers are stored; where weights are packed, the one that config.json says.
+
+        Scales of packed weights are often of another.
+        """
+        said = getattr(self.config, "dtype", None) if self.packed else None
+        if isinstance(said, torch.dtype):
+            return said
         count: Counter[torch.dtype] = Counter()
         for stored in self.tensors.values():
             if stored.dtype.is_floating_point:
@@ -53,6 +63,9 @@ class Checkpoint:
             if key is None:
                 missing.append(name)
                 continue
+            if key in self.packed:
+                self._expect_packed(key, graph.shape(name))
+                continue
             stored = replace(self.tensors[key], transposed=info.transposed)
             shape = graph.shape(name)
             self._expect(stored, shape[::-1] if info.transposed else shape, graph.dtype_of(name))
@@ -66,6 +79,16 @@ class Checkpoint:
             )
         return bound
 
+    def packed_in(self, graph: Graph, model: Any = None) -> dict[str, Held]:
+        """The packed weights, by the names of the tensors of ``graph`` that they are."""
+        keys = self._keys(graph, model) if self.packed else {}
+        found = {}
+        for name, info in graph.tensors().items():
+            key = next((keys[n] for n in (name, *info.aliases) if n in keys), None)
+            if info.saved and key is not None and key in self.packed:
+                found[name] = self.packed[key]
+        return found
+
     def is_converted(self, model: Any) -> bool:
         """Whether tensors of ``model`` are parts or joins of tensors in the files (q, k and v in one, say)."""
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -78,10 +101,11 @@ class Checkpoint:
         """Graph name -> key in the files: the same, a former name, or the base model's prefix put on or taken off."""
         names = [n for name, info in graph.tensors().items() for n in (name, *info.aliases)]
         found = self._renamed(model) if model is not None else {}
-        prefixes = {key.partition(".")[0] for key in self.tensors} | {name.partition(".")[0] for name in names}
+        there = self.tensors.keys() | self.packed.keys()
+        prefixes = {key.partition(".")[0] for key in there} | {name.partition(".")[0] for name in names}
         for name in names:
             other = [name.partition(".")[2], *(f"{prefix}.{name}" for prefix in sorted(prefixes))]
-            key = next((k for k in (name, *other) if k in self.tensors), None)
+            key = next((k for k in (name, *other) if k in there), None)
             if key is not None:
                 found[name] = key
         return found
@@ -91,7 +115,13 @@ class Checkpoint:
         from transformers.core_model_loading import WeightRenaming, apply_renamings
 
         renamings = [w for w in get_model_conversion_mapping(model) if isinstance(w, WeightRenaming)]
-        return {apply_renamings(key, renamings): key for key in self.tensors}
+        return {apply_renamings(key, renamings): key for key in self.tensors.keys() | self.packed.keys()}
+
+    def _expect_packed(self, key: str, shape: tuple[int, ...]) -> None:
+        found = self.packed[key].shape
+        if found != shape:
+            what = f"{self.folder} holds {key} packed as {list(found)}, config.json wants {list(shape)}"
+            raise QcError(what, fix="config.json and the weights do not belong together; fetch both again")
 
     def _expect(self, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         fix = "config.json and the weights do not belong together; fetch both again"
@@ -103,16 +133,45 @@ class Checkpoint:
             raise QcError(f"{stored.file} holds {stored.key} as {kinds[0]}, the model wants {kinds[1]}", fix=fix)
 
 
-def open_checkpoint(name: str) -> Checkpoint:
-    """Open a folder, or ``hf:org/name`` through the hub's cache."""
+def open_checkpoint(name: str, *, packed: bool = False) -> Checkpoint:
+    """Open a folder, or ``hf:org/name`` through the hub's cache.
+
+    Weights that are packed already are an error, unless ``packed`` ones will do.
+    """
     folder = locate(name)
     config = read_config(folder)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else type(quantized).__name__
-        fix = "give the model before it was quantized, and let quantize-base do it"
-        raise QcError(f"{folder} is quantized already ({method})", fix=fix)
-    return Checkpoint(folder, config, _tensors(folder))
+    quantized = take_quantization(config)
+    if not quantized:
+        return Checkpoint(folder, config, _tensors(folder))
+    if not packed:
+        what = (
+            f"{folder} is quantized already ({quantized.get('quant_method', 'unknown')}), and float weights are wanted"
+        )
+        raise QcError(what, fix="give the model before it was quantized")
+    from graph.prequantized import find
+
+    tensors = _tensors(folder)
+    try:
+        held = find(quantized, tensors)
+    except QcError as error:
+        error.what = f"{folder}: {error.what}"
+        raise
+    return Checkpoint(folder, config, {key: s for key, s in tensors.items() if key not in held}, held)
+
+
+def packing_of(name: str) -> str | None:
+    """By what the weights of a model are packed, as its config.json says; None where they are floats."""
+    said = take_quantization(read_config(locate(name)))
+    return str(said.get("quant_method", "unknown")) if said else None
+
+
+def take_quantization(config: Any) -> dict[str, Any]:
+    """What a configuration says of packed weights, which it says no more then; nothing where they are dense."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return {}
+    del config.quantization_config
+    return dict(said if isinstance(said, dict) else said.to_dict())
 
 
 def locate(name: str) -> Path:

@@ -69,7 +69,7 @@ def obstacles(encoder: Graph, decoder: Graph) -> list[QcError]:
     if encoder.kind == "causal-lm" or {"input_ids", "attention_mask"} - set(encoder.inputs):
         fix = "give the model kind: encoder under models:"
         return [QcError(f"the encoder is a graph of kind {encoder.kind}, and gives no states", fix=fix)]
-    found, wanted = _widths(encoder, decoder)
+    found, wanted = widths(encoder, decoder)
     if len(found) != len(wanted):
         gives, fix = len(found), "set separate_values in insert-gca where insert-kv-projection is used, and only there"
         return [QcError(f"the encoder gives {gives} values, and the decoder reads {len(wanted)} memories", fix=fix)]
@@ -82,7 +82,8 @@ def obstacles(encoder: Graph, decoder: Graph) -> list[QcError]:
     return []
 
 
-def _widths(encoder: Graph, decoder: Graph) -> tuple[list[str], list[str]]:
+def widths(encoder: Graph, decoder: Graph) -> tuple[list[str], list[str]]:
+    """How wide each value is that the encoder gives, and each memory that the decoder reads."""
     memories = [n for n in decoder.module.graph.nodes if n.op == "placeholder" and n.target in (MEMORY, VALUE)]
     return [dims_of(n)[-1] for n in encoder.output_nodes()], [dims_of(n)[-1] for n in memories]
 

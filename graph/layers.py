@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from graph.core import Graph
 from graph.errors import QcError
 from graph.ops import op_name
+from graph.sites import Site
 
 Kind = Literal["mlp", "attn", "blocks"]
 
@@ -55,13 +56,18 @@ def layers(graph: Graph, kind: Kind) -> list[Layer]:
 
 
 def _part(graph: Graph, kind: Kind, block: int) -> Layer:
-    linears = [s for s in graph.sites("aten.linear") if s.block == block and s.role.startswith(f"{kind}.")]
+    linears = [s for s in graph.sites() if s.block == block and s.role.startswith(f"{kind}.") and _is_linear(s)]
     last = [site for site in linears if site.role == LAST[kind]]
     first = [site for site in linears if site.role != LAST[kind]]
     if len(last) != 1 or not first:
         what = f"block {block} has no {kind} whose linears end in one {LAST[kind]}"
         raise QcError(what, fix="train layer by layer with order: [blocks], or end to end")
     return Layer(f"{kind}.{block}", first[0].input(0), _end(last[0].node))
+
+
+def _is_linear(site: Site) -> bool:
+    """Whether it is a linear, or one that unpacks its weight by itself."""
+    return site.op == "aten.linear" or site.op.startswith("qc.linear_")
 
 
 def _whole(graph: Graph, block: int) -> Layer:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from graph.binding import bind_live, bind_packed, fill_in_computed
 from graph.canonical import clean
 from graph.checkpoint import open_checkpoint
 from graph.core import Graph, TensorInfo
+from graph.encoder import has_encoder_alone
 from graph.errors import QcError
 from graph.leaves import kept_whole, supports_hooks
 from graph.repeat import repeat, shorter
@@ -34,6 +36,7 @@ def capture(
     dtype: torch.dtype | None = None,
     kind: Kind | None = None,
     canonical: bool = True,
+    weights: bool = True,
 ) -> Graph:
     """Capture a transformers model, a folder with one, ``hf:org/name``, or a configuration, as a graph.
 
@@ -42,27 +45,38 @@ def capture(
     file headers is read; the weights follow when they are asked for. Of a configuration there are no weights: the
     graph is a plan (``graph.lazy()`` is empty, all tensors ``meta``). With ``canonical=False`` no norm, rotary
     embedding or attention is recognised: the graph is what the model's own code does, op by op.
+
+    Weights that a folder holds packed stay packed, and are read. Without ``weights``, of a folder too there is no more
+    than a plan.
     """
     from transformers import PreTrainedConfig, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        return _bind_live(_trace(model.config, kind or _kind_of(model), canonical)[0], model, dtype)
+        return bind_live(_trace(model.config, kind or _kind_of(model), canonical)[0], model, dtype)
     if isinstance(model, PreTrainedConfig):
+        if getattr(model, "quantization_config", None):
+            what = "the configuration is of packed weights, and without them nobody knows how they are packed"
+            raise QcError(what, fix="give the folder with the weights, or take quantization_config out of config.json")
         graph, empty = _trace(model, kind or _kind_of_config(model), canonical)
-        return _fill_in_computed(_typed(graph, dtype or torch.float32), empty)
+        return fill_in_computed(_typed(graph, dtype or torch.float32), empty)
     if isinstance(model, nn.Module):
         raise QcError(
             f"{type(model).__name__} is not a transformers model",
             fix="capture a plain module with qc.capture_module(module, *example)",
         )
-    checkpoint = open_checkpoint(str(model))
+    checkpoint = open_checkpoint(str(model), packed=True)
+    own = checkpoint.dtype  # tracing changes what the configuration says
     graph, empty = _trace(checkpoint.config, kind or _kind_of_config(checkpoint.config), canonical)
+    if checkpoint.packed:
+        return bind_packed(_typed(graph, dtype or own), checkpoint, empty, weights)
+    if not weights:
+        return fill_in_computed(_typed(graph, dtype or torch.float32), empty)
     if checkpoint.is_converted(empty):  # a tensor of the graph is no tensor of the files: transformers makes it
         loaded = type(empty).from_pretrained(checkpoint.folder, dtype=checkpoint.dtype, local_files_only=True)
-        return _bind_live(graph, loaded.eval(), dtype)
-    _typed(graph, dtype or checkpoint.dtype)
+        return bind_live(graph, loaded.eval(), dtype)
+    _typed(graph, dtype or own)
     graph.stored = checkpoint.bind(graph, empty)
-    _fill_in_computed(graph, empty)
+    fill_in_computed(graph, empty)
     graph.verify()
     return graph
 
@@ -186,9 +200,11 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def on_meta(config: Any, kind: Kind, dtype: torch.dtype) -> Any:
     """The model of ``config`` without weights."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding
 
-    maker = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    maker: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    if kind == "encoder" and has_encoder_alone(config):
+        maker = AutoModelForTextEncoding
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -294,36 +310,3 @@ def _adopt_constants(exported: fx.GraphModule, tensors: dict[str, Tensor], infos
                 )
             tensors[str(node.target)] = value
             infos[str(node.target)] = TensorInfo(kind="buffer", saved=False, pinned=value.dtype != TRACE_DTYPE)
-
-
-def _fill_in_computed(graph: Graph, model: Any) -> Graph:
-    """Compute the buffers that no checkpoint holds by the model's own initialisation, in fp32 unless integers."""
-    for path, module in model.named_modules():
-        leaves = [leaf for leaf in module._non_persistent_buffers_set if module._buffers.get(leaf) is not None]
-        for leaf in leaves:
-            wide = torch.float32 if module._buffers[leaf].is_floating_point() else None
-            module._buffers[leaf] = torch.zeros_like(module._buffers[leaf], device="cpu", dtype=wide)
-        if leaves:
-            with torch.no_grad():
-                model._init_weights(module)
-        for leaf in leaves:
-            name = f"{path}.{leaf}" if path else leaf
-            if name in graph.tensors():
-                graph.set_tensor(name, module._buffers[leaf].to(graph.dtype_of(name)))
-    return graph
-
-
-# -- binding --------------------------------------------------------------------------------------------------------
-
-
-def _bind_live(graph: Graph, model: Any, dtype: torch.dtype | None) -> Graph:
-    """Take the tensors of a model in memory; they are shared with it, not copied."""
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    model_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    graph.to(model_dtype)
-    for name, info in graph.tensors().items():
-        if name not in state:  # a constant of the model's code, adopted by the graph
-            continue
-        value = state[name].detach()
-        graph.set_tensor(name, value.t().contiguous() if info.transposed else value)
-    return graph.to(dtype) if dtype not in (None, model_dtype) else graph

@@ -8,6 +8,12 @@
 The chunks of text that a row may look things up in come in as ``memory_ids`` [B, C, S] and ``memory_attention``, which
 is 0 at padding. Padding is dropped, and the chunks of a row joined in order. Gradients pass from the decoder into the
 encoder. Without chunks the joint graph is the decoder, to the bit.
+
+Where the encoder is wider or narrower than the memory that the decoder reads, a projection goes between them:
+
+    encoder   encoder.memory = linear(states, encoder.memory.weight)
+
+It begins as the identity, cut or filled up with zeros, is kept in fp32, and trains as the group ``encoder.memory``.
 """
 
 from __future__ import annotations
@@ -16,8 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from graph import Graph, QcError
-from graph.joint import Names, join, obstacles
+from graph.bridge import BOTH, project
+from graph.joint import Names, join, obstacles, widths
 from passes.base import Exact, Pass, Report
 
 
@@ -38,6 +47,9 @@ class AttachMemory(Pass):
     max_tokens: int | None = None
     """Tokens of a memory beyond which it is cut; without it, all are kept."""
 
+    bridge: bool = True
+    """Project what the encoder gives where the decoder reads another width; without it, that is an error."""
+
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise QcError(f"max_tokens is {self.max_tokens}", fix="give a number from 1, or leave it out")
@@ -57,8 +69,19 @@ class AttachMemory(Pass):
                 raise QcError(f"{key} {name!r} is none of the models", fix=f"they are {', '.join(graphs)}")
         if self.encoder == self.decoder:
             raise QcError("encoder and decoder are the same model", fix="name two of the models")
-        encoder, decoder = graphs[self.encoder], graphs[self.decoder]
+        decoder = graphs[self.decoder]
+        encoder, bridged = self._bridged(graphs[self.encoder], decoder)
         for error in obstacles(encoder, decoder):
             raise error
         joint = join(encoder, decoder, Names(self.encoder, self.decoder), self.max_tokens)
-        return joint, Report((), {"blocks": joint.blocks, "tensors": len(joint.tensors())})
+        return joint, Report((), {"blocks": joint.blocks, "tensors": len(joint.tensors()), **bridged})
+
+    def _bridged(self, encoder: Graph, decoder: Graph) -> tuple[Graph, dict[str, str]]:
+        """The encoder, with a projection behind it where one is wanted, and what to report of that."""
+        gives, reads = widths(encoder, decoder)
+        if not self.bridge or encoder.kind != "encoder" or (len(gives), len(reads)) != (1, 1) or gives == reads:
+            return encoder, {}
+        projected = encoder.copy()
+        project(projected, (BOTH,), int(reads[0]), torch.float32)
+        projected.verify()
+        return projected, {"bridge": f"{gives[0]} to {reads[0]}"}

@@ -45,6 +45,18 @@ Contract = Exact | Close | Lossy | TrainingOnly
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """A weight that a pass could have packed, what that would cost, and whether it stays as it is."""
+
+    weight: str
+    error: float | None
+    """The share of its linear's outputs that packing loses; None where nothing had to be, or could be, measured."""
+
+    values: int
+    kept: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """What a pass did; it goes into the manifest."""
 
@@ -53,6 +65,9 @@ class Report:
 
     figures: dict[str, float | int | str] = field(default_factory=dict)
     """What it measured on the way, under names a reader understands."""
+
+    weighed: tuple[Weighed, ...] = ()
+    """The weights among which it chose some to stay as they are; none if it packs whatever is selected."""
 
 
 ReadText = Callable[[Any, int, int, int], Iterable[Mapping[str, Tensor]]]

@@ -156,7 +156,10 @@ def _coverage(step: Pass, before: Graph, report: Report) -> Iterator[Breach]:
     offered = before.sites(*step.ops)
     selected = [site for site in offered if step.select.accepts(site, before.blocks)]
     shared = {name for site in selected for name in site.tensors()}  # of tied weights, selecting one reader is enough
+    stay = {one.weight for one in report.weighed if one.kept}
     for site in selected:
+        if site.weight() in stay:
+            continue
         if site.name not in report.changed and (site.weight() is not None or not step.idempotent):
             yield Breach(f"{site.name} is selected and was left as it is", site.name)
     for site in offered:

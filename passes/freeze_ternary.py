@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from graph import Graph, QcError
+from graph import Graph, QcError, Site
+from graph.apart import Parcel, divided
 from graph.formats import Ternary, format_of, packed_tensors, rounded, weight_name
 from graph.formats.repack import repack, train_scales
 from passes.base import Exact, Lossy, Pass, Report
@@ -49,21 +51,35 @@ class FreezeTernary(Pass):
         """Pack the integers of one weight after the other."""
         changed, weights, zeros, size = [], 0, 0, 0
         rules: dict[str, Any] = {}
-        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
-            form, name, sides = format_of(site), weight_name(site), packed_tensors(graph, site)
-            assert isinstance(form, Ternary), f"{site.name} is no ternary weight"
+        sites = [(site, site.value.numel()) for site in self.select.pick(graph.sites(*self.ops), graph.blocks)]
+        for site, parcel in divided("freeze", partial(self._packing, graph), sites):
+            form, name = _form(site), weight_name(site)
             rules |= {"rule": form.by.rule, "scale": form.by.fit, "shared_by": form.name.removeprefix("ternary, ")}
             rules |= {"tau": form.by.tau} if form.by.tau is not None else {}
-            made = replace(form, latent=False, packing=self.packing, baked=self.scale_dtype == "fp16")
-            grid, latent = form.grid(sides), sides["latent"].detach()
-            packed = made.frozen(grid, latent)
-            if not latent.is_meta:
-                rounded(grid.scale, packed["scale"].dtype, f"{name}.scale")
-            zeros += form.zeros(sides)
-            weights += latent.numel()
+            packed = parcel.on(graph.device)
+            zeros += parcel.said
+            weights += site.value.numel()
             size += sum(side.nbytes for side in packed.values())
-            changed += repack(graph, site, made, packed)
+            changed += repack(graph, site, self._made(form), packed)
             graph.set_info(f"{name}.scale", trainable=False, group=None)
             train_scales(graph, name, self.train == "scales")
         figures = {"weights": weights, "bytes": size, "bits_per_weight": round(8 * size / weights, 3)}
         return Report(tuple(changed), {**figures, "zero_share": round(zeros / weights, 5), **rules})
+
+    def _made(self, form: Ternary) -> Ternary:
+        return replace(form, latent=False, packing=self.packing, baked=self.scale_dtype == "fp16")
+
+    def _packing(self, graph: Graph, site: Site) -> Parcel:
+        """The integers and scales of one weight, and how many of its values are 0."""
+        form, sides = _form(site), packed_tensors(graph, site)
+        grid, latent = form.grid(sides), sides["latent"].detach()
+        packed = self._made(form).frozen(grid, latent)
+        if not latent.is_meta:
+            rounded(grid.scale, packed["scale"].dtype, f"{weight_name(site)}.scale")
+        return Parcel(packed, form.zeros(sides))
+
+
+def _form(site: Site) -> Ternary:
+    form = format_of(site)
+    assert isinstance(form, Ternary), f"{site.name} is no ternary weight"
+    return form

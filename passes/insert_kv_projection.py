@@ -17,15 +17,11 @@ from typing import Literal
 
 import torch
 
-from graph import Graph, QcError, TensorInfo
-from graph.gca import is_plan
-from graph.sites import node_name, set_tag
+from graph import Graph, QcError
+from graph.bridge import KEY, VALUE, project
+from graph.sites import node_name
 from passes.base import Exact, Pass, Report
-
-GROUP = "encoder.memory"
-"""The group that trains them."""
-
-NAMES = ("memory_key", "memory_value")
+from passes.gca_options import freeze_rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +55,8 @@ class InsertKvProjection(Pass):
         """Put the projections behind the last hidden states."""
         for error in self.check(graph):
             raise error
-        for name, info in graph.tensors().items():
-            if info.trainable and info.group is None:
-                graph.set_info(name, trainable=False)
-        (states,) = graph.output_nodes()
-        inputs = int(states.meta["val"].shape[-1])
-        width, end = self.width or inputs, graph.module.graph.output_node()
-        device = "meta" if is_plan(graph) else graph.device
-        dtype = torch.float32 if self.dtype == "fp32" else graph.dtype
-        info = TensorInfo(trainable=True, group=GROUP, role="gca.project", pinned=self.dtype == "fp32")
-        outputs = []
-        for name in NAMES:
-            value = torch.eye(width, inputs, dtype=dtype, device=device)
-            weight = graph.add_tensor(f"{name}.weight", value, before=end, info=info)
-            if self.dtype == "fp32":
-                weight = graph.insert("aten.to.dtype", weight, graph.dtype, name=f"{name}/cast", before=end)
-                set_tag(weight, model_dtype=True)
-            outputs.append(graph.insert("aten.linear", states, weight, name=name, before=end, role="gca.project"))
-        graph.set_outputs(outputs)
+        freeze_rest(graph)
+        inputs = int(graph.output_nodes()[0].meta["val"].shape[-1])
+        width = self.width or inputs
+        states = project(graph, (KEY, VALUE), width, torch.float32 if self.dtype == "fp32" else None)
         return Report((node_name(states),), {"width": width, "trainable_values": 2 * width * inputs})

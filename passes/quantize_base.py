@@ -19,6 +19,9 @@ Levels that train follow from ``theta``, whatever it becomes in order, symmetric
     levels    W/levels = qc.monotone_levels(W.theta, 1.0)
               W/dequantize = qc.dequantize_lut(W.indices, W/levels, 1024, model, scale_a=…, scale_b=…, scale_g=…)
 
+With ``keep``, the linears that would lose most of what they compute stay as they are, within a budget; a pass behind
+this one may pack them in another format.
+
 Integers do not train, and where they are all that is left of a weight it is frozen; latent weights train. Embeddings
 and head stay as they are unless ``select`` names them by role or name; norms always do. Of tied weights there is one,
 so selecting one reader packs the weight of both.
@@ -27,13 +30,15 @@ so selecting one reader packs the weight of both.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite
-from typing import Literal, NamedTuple
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from math import isfinite, prod
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from graph import Graph, QcError, Selector, Site
+from graph.apart import Parcel, divided
 from graph.formats import (
     Fidelity,
     Format,
@@ -50,10 +55,13 @@ from graph.formats import (
     shared_largest,
     store_packed,
 )
-from graph.formats.ahead import worked_ahead
 from graph.formats.lut_levels import derive_levels
-from graph.moments import take_moments
+from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
+from passes.keeping import Keep, problems, weighed
+from passes.keeping import figures as importance
+
+Side: TypeAlias = "torch.Tensor | None"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALES = {"lut": "has scales of its own (lut.scale)"} | dict.fromkeys(("int4", "int8"), "has one scale a block")
@@ -63,28 +71,15 @@ RELEASE_EVERY = 64 << 20
 """Bytes of float weights after which what they took is given back to the system."""
 
 
-class Read(NamedTuple):
+class Chosen(NamedTuple):
     """One weight, and what ``calibrate`` left of its input."""
 
     name: str
     site: Site
-    w: torch.Tensor
     moments: torch.Tensor | None
+    covariance: torch.Tensor | None
     largest: float | None
     """The largest magnitude of all weights that share its global scale."""
-
-
-class Packing(NamedTuple):
-    """One weight, packed."""
-
-    w: torch.Tensor
-    form: Format
-    packed: dict[str, torch.Tensor]
-    found: Fidelity | None
-    """None of a plan, which has no values."""
-
-    scales_below: int
-    """How many scales of a LUT weight are zero or less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +117,9 @@ class QuantizeBase(Pass):
     lut: LutOptions | None = None
     """Levels, scales and training of the scheme lut."""
 
+    keep: Keep | None = None
+    """How much of the selected weights stays as it is: those that cost most, by what `calibrate` measured."""
+
     compute_dtype: Literal["model", "fp32", "bf16", "fp16"] = "model"
     """The dtype in which weights are unpacked: the model's own, or always this one, then cast to the model's."""
 
@@ -158,6 +156,9 @@ class QuantizeBase(Pass):
         """The format of a weight of this role and shape [out, in]."""
         return self.tables.form_for(role, shape) if self.scheme == "lut" else self.format
 
+    def _form_of(self, site: Site, shape: tuple[int, ...]) -> Format:
+        return self.form_for(site.role, shape)
+
     def check(self, graph: Graph) -> Sequence[QcError]:
         """Every selected weight that the format cannot hold, and every selected site without a stored weight."""
         found = list(self._mistakes())
@@ -171,7 +172,7 @@ class QuantizeBase(Pass):
         for site in sites:
             weight = site.weight()
             if weight is not None:
-                problem = self._problem(weight, site.role, graph.shape(weight))
+                problem = self._problem(weight, site.role, graph.shape(weight)) or self._unused(graph, weight)
             elif packed.isdisjoint(site.tensors()):
                 problem = QcError("the weight is computed in the graph, not stored", fix="exclude it from select")
             else:
@@ -179,10 +180,13 @@ class QuantizeBase(Pass):
             if problem is not None:
                 problem.site = site.name
                 found.append(problem)
+        if not found and self.keep is not None:
+            found += problems(graph, self.keep, sites, self._form_of)
         return found
 
     def _mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
+        yield from self.keep.mistakes() if self.keep is not None else ()
         blocks, doubled = self.scheme in ("nf4", "fp4", "int4", "int8"), self.scheme in ("nf4", "fp4")
         by_row = self.scheme == "int8" and self.block is None
         if (self.double_quant and not doubled) or (self.block is not None and not blocks):
@@ -207,48 +211,69 @@ class QuantizeBase(Pass):
             return self.tables.no_size(role)
         return self.form_for(role, shape).problem(weight, shape)
 
+    def _unused(self, graph: Graph, weight: str) -> QcError | None:
+        """A covariance that would change nothing."""
+        if self.scheme in ("nf4", "fp4") or (self.scheme == "int8" and self.block is None):
+            return unused_covariance(
+                graph, weight, f"{self.scheme} rounds each value to its nearest, as bitsandbytes does"
+            )
+        if "latent" in (self.form, self.tables.form):
+            return unused_covariance(graph, weight, "a latent weight is rounded to the nearest at every step")
+        return None
+
     def run(self, graph: Graph) -> Report:
         """Pack as many weights at once as there are threads; each is read, packed, compared and then let go."""
         figures, changed = Tally(), []
         chosen: dict[str, Site] = {}
-        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
+        sites = self.select.pick(graph.sites(*self.ops), graph.blocks)
+        tried = weighed(graph, self.keep, sites, self._form_of) if self.keep is not None else ()
+        stay = {one.weight for one in tried if one.kept}
+        for site in sites:
             weight = site.weight()
-            if weight is not None and weight not in chosen:
+            if weight is not None and weight not in chosen and weight not in stay:
                 chosen[weight] = site
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
         fused = fused_weights(chosen)
         shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
-        read = (
-            Read(n, site, graph.tensor(n).detach(), take_moments(graph, n), shared.get(n)) for n, site in chosen.items()
-        )
+        weights = ((self._chosen(graph, n, site, shared.get(n)), prod(graph.shape(n))) for n, site in chosen.items())
         on_host = graph.device.type == "cpu"
-        for weight, site, packing in worked_ahead(self._packing, read, None if on_host else 1):
+        for one, parcel in divided("pack", partial(self._packing, graph), weights, None if on_host else 1):
             earlier = figures.bytes_before // RELEASE_EVERY
-            self._store(graph, weight, site, packing, figures)
-            del packing
+            self._store(graph, one, parcel, figures)
+            del parcel
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
         if self.scheme == "nvfp4" and self.form == "latent":
             link_fused(graph, fused)
-        return Report(tuple(changed), figures.summary())
+        return Report(tuple(changed), figures.summary() | importance(tried), tried)
 
-    def _packing(self, read: Read) -> tuple[str, Site, Packing]:
-        """Pack one weight, and compare it with what it unpacks to."""
-        weight, site, w, moments, largest = read
-        form = self.form_for(site.role, tuple(w.shape))
-        if isinstance(form, Scaled):
-            form = replace(form, largest=largest)
+    def _chosen(self, graph: Graph, name: str, site: Site, largest: float | None) -> Chosen:
+        return Chosen(name, site, take_moments(graph, name), take_moments(graph, name, COVARIANCE), largest)
+
+    def _form(self, one: Chosen, shape: tuple[int, ...]) -> Format:
+        form = self.form_for(one.site.role, shape)
+        return replace(form, largest=one.largest) if isinstance(form, Scaled) else form
+
+    def _packing(self, graph: Graph, one: Chosen) -> Parcel:
+        """Pack one weight, and compare it with what it unpacks to; of a plan there is nothing to compare."""
+        weight, site, moments, covariance, _ = one
+        w = graph.tensor(weight).detach()
+        form = self._form(one, tuple(w.shape))
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = form.pack(w, moments) if isinstance(form, Lut) else form.pack(w)
+        packed = _packed(form, w, moments, covariance)
         found = None if w.is_meta else fidelity(form, w, packed)
-        assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
-        return weight, site, Packing(w, form, packed, found, form.scales_below(packed) if isinstance(form, Lut) else 0)
+        nearest = found is None or found.faithful or covariance is not None
+        assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        below = form.scales_below(packed) if isinstance(form, Lut) else 0
+        return Parcel(packed, (None if found is None else astuple(found), below))
 
-    def _store(self, graph: Graph, weight: str, site: Site, packing: Packing, figures: Tally) -> None:
-        w, form, packed, found, scales_below = packing
-        figures.add(weight, w, packed, found)
+    def _store(self, graph: Graph, one: Chosen, parcel: Parcel, figures: Tally) -> None:
+        weight, (found, scales_below) = one.name, parcel.said
+        w = torch.empty(graph.shape(weight), dtype=graph.dtype_of(weight), device="meta")
+        form, packed = self._form(one, tuple(w.shape)), parcel.on(graph.device)
+        figures.add(weight, w, packed, None if found is None else Fidelity(*found))
         stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
         if isinstance(form, Scaled) and form.latent:
             graph.set_info(f"{weight}.latent", trainable=True, group="weights")
@@ -259,3 +284,10 @@ class QuantizeBase(Pass):
             for suffix, group in self.tables.trained().items():
                 if f"{weight}.{suffix}" in graph.tensors():
                     graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)
+
+
+def _packed(form: Format, w: torch.Tensor, moments: Side, covariance: Side) -> dict[str, torch.Tensor]:
+    """With what was measured of its inputs, for the formats that heed it."""
+    if isinstance(form, Lut):
+        return form.pack(w, moments, covariance)
+    return form.pack(w, covariance) if isinstance(form, Scaled) else form.pack(w)

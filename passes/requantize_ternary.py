@@ -34,6 +34,9 @@ class RequantizeTernary(TernarySte):
 
     def _mistakes(self) -> Iterator[QcError]:
         yield from super()._mistakes()
+        if self.keep is not None:
+            what = "keep chooses among weights that were never ternary, and these were"
+            yield QcError(what, fix="take keep out, and exclude from select what has stayed as it is")
         if self.start == "stored" and self.scale != "absmean":
             what = "start is stored, and a scale of least-squares would be another"
             yield QcError(what, fix="take scale out, or set start to plain")

@@ -11,7 +11,7 @@ LoRA may have learned to undo what packing did. Every weight is compared with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from graph import Graph, QcError, Site, TensorInfo
-from graph.checkpoint import open_checkpoint
+from graph.checkpoint import open_checkpoint, packing_of
 from graph.formats import dense_value, rounded, store_dense, weight_name
 from graph.formats.stored import DEQUANTIZE
 from graph.joint import home_of
@@ -68,7 +68,9 @@ class SwapBase(Pass):
         homes = {home_of(graph, weight_name(site))[0] for site in self._chosen(graph)} if self.to == "full" else set()
         lost = [home for home in homes if self._folder(home) is None]
         if not lost:
-            return []
+            return [
+                error for folder in sorted({str(self._folder(home)) for home in homes}) for error in _packed(folder)
+            ]
         whose = f"of {lost[0]} " if lost[0] else ""
         what = f"where the float weights {whose}lie is not known"
         return [QcError(what, fix="set base to the model's folder, or run it from the recipe that names the models")]
@@ -79,7 +81,7 @@ class SwapBase(Pass):
             raise error
         sites = self._chosen(graph)
         stored = self._stored(graph, sites) if self.to == "full" else {}
-        readers = {s.name: [n for n in graph.sites("aten.linear") if weight_name(s) in _dense(n)] for s in sites}
+        readers = _readers(graph, sites)
         moved = 0.0
         for site in sites:
             value = self._value(graph, site, stored.get(site.name))
@@ -124,6 +126,24 @@ class SwapBase(Pass):
             fix = "set base to the checkpoint that was quantized, or force_base to true if you know better"
             raise QcError(f"{told}: {same:.0%} of the {what} agree", fix=fix, site=site.name)
         return rounded(weight, site.value.dtype, weight_name(site))
+
+
+def _readers(graph: Graph, sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The linears that read what each of ``sites`` unpacks, by its name."""
+    linears: dict[str, list[Site]] = {}
+    for linear in graph.sites("aten.linear"):
+        for weight in _dense(linear):
+            linears.setdefault(weight, []).append(linear)
+    return {site.name: linears.get(weight_name(site), []) for site in sites}
+
+
+def _packed(folder: str) -> Iterator[QcError]:
+    """What is wrong with a folder whose weights are packed."""
+    method = packing_of(folder)
+    if method is not None:
+        what = f"{folder} holds its weights packed ({method}), and to: full wants the floats that were"
+        fix = "set base to the folder of the model before it was quantized, or to: dequantized"
+        yield QcError(what, fix=fix)
 
 
 def _bind(graph: Graph, folder: str, named: Mapping[str, Site]) -> dict[str, Stored]:

@@ -11,7 +11,8 @@ through. With ``act_bits: 8`` the linears read their inputs in 8 bits too, one s
               y = linear(x/int8, W/fake_quantize)
 
 Weights are chosen by what reads them. Embeddings and head stay as they are unless ``select`` names them by role or
-name; norms and biases always do. The report lists what is kept.
+name; norms and biases always do. With ``keep``, so do the linears that would lose most of what they compute, within a
+budget. The report lists what is kept, and what each linear would lose.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError, Selector, Site
 from graph.formats import Tally, Ternary, TernaryRule, fidelity, packed_sites, store_packed
-from graph.moments import SUFFIX, take_moments
+from graph.moments import SUFFIX, take_moments, unused_covariance
 from graph.ops import op_name
 from graph.sites import node_name
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
+from passes.keeping import FormFor, Keep, problems, weighed
+from passes.keeping import figures as importance
 
 SIZES = (
     ("tiny", 50e6, 0.05, 6),
@@ -70,6 +73,9 @@ class TernarySte(Pass):
     act_bits: Literal[8] | None = None
     """Bits of what the linears read, one scale a token; without it as they are."""
 
+    keep: Keep | None = None
+    """How much of the selected weights stays as it is: those that cost most, by what `calibrate` measured."""
+
     train: Literal["weights", "scales", "weights+scales", "none"] = "weights"
     """What trains, as the groups of these names. Scales that train are no longer found from the weights."""
 
@@ -93,9 +99,17 @@ class TernarySte(Pass):
             return [*found, error]
         if not found:
             found += [error for site in sites for error in self._problems(graph, site)]
+        if not found and self.keep is not None:
+            found += problems(graph, self.keep, sites, self._form_for(graph))
         return found
 
+    def _form_for(self, graph: Graph) -> FormFor:
+        """The format of a weight in this graph."""
+        _, tau, _ = self._size(graph)
+        return lambda site, shape: Ternary(columns=shape[1], by=self.by(shape[1], tau))
+
     def _mistakes(self) -> Iterator[QcError]:
+        yield from self.keep.mistakes() if self.keep is not None else ()
         if self.tau is not None and self.rule == "round-clip":
             yield QcError("tau is given, and round-clip has no threshold", fix="take tau out, or set rule to dead-zone")
         if self.tau is not None and not 0 < self.tau <= 1:
@@ -124,9 +138,13 @@ class TernarySte(Pass):
         if problem is not None:
             problem.site = site.name
             yield problem
-        if self.scale == "absmean" and f"{weight}{SUFFIX}" in graph.tensors():
+        if self.scale == "absmean" and self.keep is None and f"{weight}{SUFFIX}" in graph.tensors():
             what = f"calibrate measured what reads {weight}, and a scale of absmean does not use it"
             yield QcError(what, fix="set scale to least-squares, or take calibrate out", site=site.name)
+        unused = unused_covariance(graph, weight, "ternary weights are rounded by their thresholds at every step")
+        if unused is not None:
+            unused.site = site.name
+            yield unused
         if self.act_bits is not None and any(_op(user) == "qc.lora" for user in site.node.users):
             what = f"{site.name} has an adapter, which would read other inputs"
             yield QcError(what, fix="move this pass before add-lora, or take act_bits out", site=site.name)
@@ -136,21 +154,24 @@ class TernarySte(Pass):
         category, tau, ratio = self._size(graph)
         figures, changed, zeros = Tally(), [], 0
         rounded: dict[fx.Node, fx.Node] = {}
-        for site in self.select.pick(graph.sites(*self.ops), graph.blocks):
+        sites = self.select.pick(graph.sites(*self.ops), graph.blocks)
+        found = weighed(graph, self.keep, sites, self._form_for(graph)) if self.keep is not None else ()
+        stay = {one.weight for one in found if one.kept}
+        for site in sites:
             weight = site.weight()
-            if weight is None:
+            if weight is None or weight in stay:
                 continue
             changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
             zeros += self._rewrite(graph, weight, site, tau, figures)
             if self.act_bits is not None and site.op == "aten.linear":
                 _round_input(graph, site, rounded, self.act_bits)
         if not changed:
-            return Report(())
+            return Report((), weighed=found)
         said: dict[str, Any] = {"size": category, "target_ratio": ratio, "rule": self.rule}
         said |= {"tau": tau} if self.rule == "dead-zone" else {}
         said |= {key: value for key, value in figures.summary().items() if not key.startswith("b")}
         said |= {"zero_share": round(zeros / figures.weights, 5), **_kept(graph)}
-        return Report(tuple(dict.fromkeys(changed)), said)
+        return Report(tuple(dict.fromkeys(changed)), said | importance(found), found)
 
     def _size(self, graph: Graph) -> tuple[str, float, int]:
         """The category of the model, the threshold, and how many times smaller it shall become."""
@@ -161,6 +182,7 @@ class TernarySte(Pass):
     def _rewrite(self, graph: Graph, weight: str, site: Site, tau: float, figures: Tally) -> int:
         """Make one weight ternary; how many of its values are 0."""
         w, moments = graph.tensor(weight).detach(), take_moments(graph, weight)
+        moments = moments if self.scale == "least-squares" else None
         if not w.is_meta and not bool(torch.isfinite(w).all()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)

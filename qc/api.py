@@ -25,17 +25,19 @@ def compile(
     runs: str | Path = DEFAULT,
     check: bool = True,
     tell: Callable[[str], None] = _silent,
+    processes: int = 1,
 ) -> Artifact:
     """Compile the first stage of a recipe (a file, or the name of a shipped one) and open the artifact.
 
     ``set`` overrides values by path or by pass name: ``{"lora.rank": 8, "train.steps": 100}``. The artifact lies in a
-    run folder under ``runs``. Raises QcError with everything that is wrong with the recipe.
+    run folder under ``runs``; work on weights is divided among ``processes``, which gives the same bytes. Raises
+    QcError with everything that is wrong with the recipe.
     """
     from recipes.load import load as load_recipe
 
     read = load_recipe(recipe, set)
     run = open_run(read, set, Path(runs))
-    return load(compile_stage(run, read, read.plan()[0], None, check=check, tell=tell))
+    return load(compile_stage(run, read, read.plan()[0], None, check=check, tell=tell, processes=processes))
 
 
 def train(artifact: Artifact, *, tell: Callable[[str], None] = _silent) -> Artifact:

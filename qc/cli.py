@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from qc import cli_looking
-from qc.cli_options import RUNS, ArtifactArg, Batch, Batches, Json, Length, RecipeArg, RunArg, Runs, Set, Text
+from qc.cli_options import (
+    RUNS,
+    ArtifactArg,
+    Batch,
+    Batches,
+    Json,
+    Length,
+    Processes,
+    RecipeArg,
+    RunArg,
+    Runs,
+    Set,
+    Text,
+)
 from qc.packages import expect_own_packages
 
 app = typer.Typer(
@@ -37,15 +50,17 @@ def compile(
     set: Set = None,
     runs: Runs = RUNS,
     check: Annotated[bool, typer.Option(help="Hold every pass to its contract on probe inputs.")] = True,
+    processes: Processes = 1,
     json: Json = False,
 ) -> None:
     """Capture the model, run the passes, write the artifact into a run folder.
 
-    The same recipe on the same model is the same run: what was compiled before is taken as it is.
+    The same recipe on the same model is the same run: what was compiled before is taken as it is. On several machines
+    that share the folder: accelerate launch -m qc compile RECIPE.
     """
     from qc.commands import compile_command
 
-    compile_command(recipe, set or [], runs, check, json)
+    compile_command(recipe, set or [], runs, check, processes, json)
 
 
 @app.command()
@@ -109,11 +124,11 @@ def export(
 
 
 @app.command()
-def run(recipe: RecipeArg, set: Set = None, runs: Runs = RUNS, json: Json = False) -> None:
+def run(recipe: RecipeArg, set: Set = None, runs: Runs = RUNS, processes: Processes = 1, json: Json = False) -> None:
     """Do all of a recipe: compile, train, evaluate, check the gates, export, verify; print one table."""
     from qc.commands import run_command
 
-    run_command(recipe, set or [], runs, json)
+    run_command(recipe, set or [], runs, processes, json)
 
 
 @app.command()

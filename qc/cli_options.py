@@ -14,6 +14,9 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set train.steps=100 --set add-lora.rank=8."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that divide the work on weights; the artifact has the same bytes.")
+]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
 RUNS = Path("runs")
 ArtifactArg = Annotated[str | None, typer.Argument(metavar="[ARTIFACT]", help="An artifact or a run.")]

@@ -12,7 +12,7 @@ from qc.console import explained, result, size, table, tell
 from qc.runs import find_artifact, find_run, open_run
 
 
-def compile_command(source: str, overrides: list[str], runs: Path, check: bool, as_json: bool) -> None:
+def compile_command(source: str, overrides: list[str], runs: Path, check: bool, processes: int, as_json: bool) -> None:
     """``qc compile``."""
     with explained(as_json):
         from recipes.load import load
@@ -21,7 +21,7 @@ def compile_command(source: str, overrides: list[str], runs: Path, check: bool, 
         from qc.compiling import compile_stage
 
         run = open_run(recipe, overrides, runs)
-        folder = compile_stage(run, recipe, recipe.plan()[0], None, check=check, tell=tell)
+        folder = compile_stage(run, recipe, recipe.plan()[0], None, check=check, tell=tell, processes=processes)
         tell(f"run: {run.folder}")
         result({"run": str(run.folder), "artifact": str(folder)}, as_json, lambda: str(folder))
 
@@ -59,7 +59,7 @@ def export_command(
         result(found, as_json, lambda: str(found["folder"]))
 
 
-def run_command(source: str, overrides: list[str], runs: Path, as_json: bool) -> None:
+def run_command(source: str, overrides: list[str], runs: Path, processes: int, as_json: bool) -> None:
     """``qc run``."""
     with explained(as_json):
         from recipes.load import load
@@ -69,7 +69,7 @@ def run_command(source: str, overrides: list[str], runs: Path, as_json: bool) ->
 
         run = open_run(recipe, overrides, runs)
         try:
-            run_recipe(run, recipe, tell)
+            run_recipe(run, recipe, tell, processes)
         except QcError:
             if run.measured():
                 tell(summary(run))  # on stderr: with --json, stdout is for the error alone
@@ -84,7 +84,10 @@ def check_command(source: str, overrides: list[str], server: str | None, as_json
         counts = {"sites": len(graph.sites()), "tensors": len(graph.tensors()), "blocks": graph.blocks}
         stored = size(stored_bytes(graph))
         text = f"{recipe.file.name} is fine: {counts['sites']} ops, {counts['blocks']} blocks, {stored} when compiled"
-        result({"ok": True, **counts, "bytes": stored_bytes(graph)}, as_json, lambda: text)
+        chosen = [s.name for stage in recipe.plan() for s in stage.passes if getattr(s.step, "keep", None) is not None]
+        later = f"; which weights {' and '.join(chosen)} leaves as they are is decided in the compile" if chosen else ""
+        found = {"ok": True, **counts, "bytes": stored_bytes(graph), **({"decided_later": chosen} if chosen else {})}
+        result(found, as_json, lambda: text + later)
 
 
 def _checked(source: str, overrides: list[str], each: bool, server: str | None = None) -> tuple[Any, Any]:

@@ -5,34 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from graph.apart import Share, sharing
 from graph.errors import QcError, QcErrors
 from qc.models import DTYPES as DTYPES
 from qc.models import ONLY, Workshop, capture_all, models_of, named, source_of, tokenizers
+from qc.reading import Reader, text_reader
 from qc.runs import Run, code_digest, link_tree, texts, write_text
+from qc.together import Part, Watch, parts_of, together
 from recipes.schema import PassStep, Recipe, Stage
 from recipes.settings import Export
 
 Tell = Callable[[str], None]
 
-Reader = Callable[..., Iterator[dict[str, Any]]]
-
 
 def compile_stage(
-    run: Run, recipe: Recipe, stage: Stage, parent: Path | None, *, check: bool = True, tell: Tell = print
+    run: Run,
+    recipe: Recipe,
+    stage: Stage,
+    parent: Path | None,
+    *,
+    check: bool = True,
+    tell: Tell = print,
+    processes: int = 1,
 ) -> Path:
     """The folder of the compiled artifact of ``stage``, which starts from the model or from the artifact ``parent``.
 
-    What has been compiled before from the same content is taken as it is.
+    What has been compiled before from the same content is taken as it is. Work on weights is divided among so many
+    ``processes``, or those that ``accelerate launch`` started; the first of them writes.
     """
     folder = run.stage(stage.name) / "compiled"
     if (folder / "manifest.json").is_file():
         tell(f"{stage_name(stage)}compiled before: {folder}")
         return folder
+    from graph.artifact import save
+
     key = _key(recipe, stage, parent)
     index = run.folder.parent.parent / ".cache" / f"{key}.txt"
     if index.is_file() and (known := Path(index.read_text().strip())).joinpath("manifest.json").is_file():
@@ -40,7 +51,13 @@ def compile_stage(
         tell(f"{stage_name(stage)}compiled before: {known}")
         return folder
     start = time.perf_counter()
-    _compile(folder, recipe, stage, parent, check, tell, index.parent / "tokens")
+    part = Part(str(run.folder), stage.name, None if parent is None else str(parent), check)
+    with together(processes, part, folder, parts_of(index)) as writes:
+        made = _compiled(recipe, stage, parent, check, tell, index.parent / "tokens")
+        if writes:
+            save(folder, **made)
+    if not writes:
+        return folder
     index.parent.mkdir(parents=True, exist_ok=True)
     write_text(index, f"{folder.resolve()}\n")
     run.measure(step_name(stage, "compiled"), seconds=time.perf_counter() - start)
@@ -71,11 +88,23 @@ def _key(recipe: Recipe, stage: Stage, parent: Path | None) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def _compile(
-    folder: Path, recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell, texts_in: Path
-) -> None:
+def help_stage(part: Part, rank: int, count: int, watch: Watch) -> None:
+    """Do the share of helper number ``rank`` in compiling a stage; nothing is written but what others read of it."""
+    run = Run(Path(part.run))
+    recipe = run.recipe()
+    stage = next(stage for stage in recipe.plan() if stage.name == part.stage)
+    parent = None if part.parent is None else Path(part.parent)
+    index = run.folder.parent.parent / ".cache" / f"{_key(recipe, stage, parent)}.txt"
+    with sharing(Share(parts_of(index), rank, count, watch)):
+        _compiled(recipe, stage, parent, part.check, lambda message: None, index.parent / "tokens")
+
+
+def _compiled(
+    recipe: Recipe, stage: Stage, parent: Path | None, check: bool, tell: Tell, texts_in: Path
+) -> dict[str, Any]:
+    """What ``save`` writes of a stage."""
     import qc
-    from graph.artifact import load, load_tokenizer, save
+    from graph.artifact import load, load_tokenizer
     from recipes.lock import text as lock_text
 
     memory_tokenizer: Path | None
@@ -99,10 +128,10 @@ def _compile(
         "kind": "compiled", "model": named(recipe), "recipe": recipe.name, "stage": stage.name, "reports": reports,
         "versions": versions(), "qc": qc.__version__, "seed": recipe.seed, "source": source_of(recipe),
     }  # fmt: skip
-    save(
-        folder, workshop.graph, texts=written, tokenizer=tokenizer, memory_tokenizer=memory_tokenizer,
-        parent=parent_digest, about=about,
-    )  # fmt: skip
+    return {
+        "graph": workshop.graph, "texts": written, "tokenizer": tokenizer, "memory_tokenizer": memory_tokenizer,
+        "parent": parent_digest, "about": about,
+    }  # fmt: skip
 
 
 def _model(recipe: Recipe, name: str) -> str:
@@ -145,23 +174,6 @@ def _rewrite(
             tell(f"{stage_name(stage)}{label}: {len(report.changed)} sites{_figures(report.figures)}")
         texts[f"passes/{number:02}-{step.name}.txt"] = str(workshop)
     return reports
-
-
-def text_reader(recipe: Recipe, cache: Path, tokenizer: Callable[[], Any]) -> Reader:
-    """Batches of the text that a pass asks for, of documents that are trained on, never of those held out."""
-
-    def read(data: Any, tokens: int, length: int, batch: int) -> Iterator[dict[str, Any]]:
-        from runtimes.data.corpus import Corpus
-
-        corpus = Corpus(data, recipe.file.parent)
-        same: dict[str, Any] = {"tokenizer": tokenizer(), "length": length, "cache": cache, "seed": recipe.seed}
-        rows = corpus.rows("train", enough=tokens, **same)
-        wanted = range(min(len(rows), -(-tokens // length)))
-        for start in wanted[::batch]:
-            found = rows.batch(wanted[start : start + batch])
-            yield {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
-
-    return read
 
 
 def run_step(step: PassStep, action: Callable[[PassStep], Any]) -> Any:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from graph import Graph
 from graph.artifact import Artifact, load
 from graph.errors import QcError
 from graph.joint import is_joint
-from qc.measuring import bits_per_weight, data_of, folder_bytes, held_out_batches, questions_on, sources
+from qc.measuring import bits_per_weight, data_of, folder_bytes, held_out_batches, pooling_of, questions_on, sources
 from qc.runs import Run
 from recipes.schema import Recipe
 from runtimes.settings import Data, Evaluate, PythonStdlib, Retrieval, TextFiles
@@ -23,6 +24,7 @@ def evaluate_artifact(
     An artifact of two models came from no single one: it is compared with a reference only where one is given, and
     asked the questions of its recipe.
     """
+    from runtimes.embeddings import compare
     from runtimes.evaluate import evaluate
     from runtimes.retrieval.recall import recall
 
@@ -31,15 +33,25 @@ def evaluate_artifact(
     recipe, wanted = text_of(folder, loaded, Evaluate(data=given, batches=batches, batch=batch, length=length))
     other = _reference(loaded, reference)
     tokenizers = (loaded.load_tokenizer(), loaded.load_memory_tokenizer())
-    held_out = held_out_batches(recipe, wanted, tokenizers[0], runs / ".cache" / "tokens", tokenizers[1])
     graph = loaded.graph.materialize()
+    wanted = for_kind(wanted, graph)
+    held_out = held_out_batches(recipe, wanted, tokenizers[0], runs / ".cache" / "tokens", tokenizers[1])
+    sizes = {"bytes": float(folder_bytes(folder))}
+    if graph.kind == "encoder":
+        bits = bits_per_weight(loaded, str(loaded.manifest["model"]))
+        return compare(graph, other, held_out, pooling_of(recipe)) | {"bits_per_weight": bits} | sizes
     compared: list[Any] = ["kl", "top1"] if other is not None else []
     found = dict(evaluate(graph, held_out, reference=other, metrics=["perplexity", *compared]))
     asked = data_of(recipe, wanted)
     if isinstance(asked, Retrieval):
         found |= recall(graph, questions_on(asked, wanted, *tokenizers), batches=batches, batch=batch)
     models = sources(recipe) if is_joint(graph) else [str(loaded.manifest["model"])]
-    return found | {"bits_per_weight": bits_per_weight(loaded, *models), "bytes": float(folder_bytes(folder))}
+    return found | {"bits_per_weight": bits_per_weight(loaded, *models)} | sizes
+
+
+def for_kind(wanted: Evaluate, graph: Graph) -> Evaluate:
+    """The same evaluation, of vectors where the model is an encoder: each row is then a text."""
+    return replace(wanted, metrics=("embedding",)) if graph.kind == "encoder" else wanted
 
 
 def _reference(loaded: Artifact, reference: str | None) -> Any:

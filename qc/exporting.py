@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from graph.artifact import Artifact, load
 from graph.errors import QcError
-from qc.compiling import compile_stage, stage_name, step_name, text_reader
+from qc.compiling import compile_stage, stage_name, step_name
 from qc.console import VerificationFailed, size
 from qc.measuring import folder_bytes
+from qc.reading import text_reader
 from qc.runs import Run, find_artifact, find_run
 from recipes.schema import Recipe, Stage
 from recipes.settings import Export

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
@@ -87,7 +87,7 @@ def measure(
         recipe, wanted, tokenizer, run.folder.parent.parent / ".cache" / "tokens", memory_tokenizer
     )
     if "embedding" in wanted.metrics:
-        return {} if reference is None else compare(graph, reference, batches, _pooling(recipe))
+        return {} if reference is None else compare(graph, reference, batches, pooling_of(recipe))
     compared: list[Any] = [m for m in wanted.metrics if m in ("kl", "top1") and reference is not None]
     found = dict(evaluate(graph, batches, reference=reference, metrics=["perplexity", *compared]))
     if "retrieval" in wanted.metrics:
@@ -96,7 +96,7 @@ def measure(
     return found
 
 
-def _pooling(recipe: Recipe) -> Pooling:
+def pooling_of(recipe: Recipe) -> Pooling:
     """How the recipe pools where it trains on it; else by the mean."""
     objectives = (stage.train.objective for stage in recipe.plan() if stage.train is not None)
     return next((one.pooling for one in objectives if isinstance(one, Embedding)), "mean")
@@ -160,7 +160,15 @@ def bits_per_weight(artifact: Artifact, *models: str) -> float:
 
 def weights_of(model: str) -> int:
     """The number of weights in a checkpoint; a tied one counts once."""
-    return sum(math.prod(stored.shape) for stored in open_checkpoint(model).tensors.values())
+    checkpoint = open_checkpoint(model, packed=True)
+    beside = [stored.shape for key, stored in checkpoint.tensors.items() if not _is_of_packed(key, checkpoint.packed)]
+    return sum(map(math.prod, [*beside, *(held.shape for held in checkpoint.packed.values())]))
+
+
+def _is_of_packed(key: str, packed: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a checkpoint is a scale or the like of a packed weight, or its codes; biases are not."""
+    module = key.partition(".weight.")[0] if ".weight." in key else key.rpartition(".")[0]
+    return f"{module}.weight" in packed and not key.endswith(".bias")
 
 
 @lru_cache(maxsize=4)

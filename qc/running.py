@@ -23,18 +23,22 @@ from runtimes.settings import Evaluate
 Tell = Callable[[str], None]
 
 
-def run_recipe(run: Run, recipe: Recipe, tell: Tell) -> None:
-    """Every stage in order: passes, a look at gradients and text, training, figures, gates, exports."""
+def run_recipe(run: Run, recipe: Recipe, tell: Tell, processes: int = 1) -> None:
+    """Every stage in order: passes, a look at gradients and text, training, figures, gates, exports.
+
+    Passes divide their work on weights among so many ``processes``.
+    """
     began = time.perf_counter()
     artifact: Path | None = None
     done: dict[str, Path] = {}
     if recipe.cache is not None:
         make_cache(recipe, run.folder.parent.parent, force=False, tell=tell)
     for stage in recipe.plan():
-        if artifact is None and stage.evaluate is not None and recipe.model is not None:
+        compares = artifact is None or (stage.train is not None and stage.train.when is not None)
+        if compares and stage.evaluate is not None and recipe.model is not None:
             _measure_start(run, recipe, stage.evaluate, tell)
         parent = artifact if stage.start is None else done[stage.start]
-        artifact = compile_stage(run, recipe, stage, parent, tell=tell)
+        artifact = compile_stage(run, recipe, stage, parent, tell=tell, processes=processes)
         if stage.evaluate is not None:
             evaluate_stage(run, recipe, stage, "compiled", artifact, tell)
         if stage.audit is not None:

@@ -74,6 +74,9 @@ def spare_stage(run: Run, stage: Stage, compiled: Path, tell: Tell) -> Path | No
     if least is None or (folder / "manifest.json").is_file():
         return None
     known = {m["step"]: m["perplexity"] for m in run.measured() if "perplexity" in m}
+    if "start" not in known:
+        what = f"{stage_name(stage)}train.when compares with the model as it came, and the recipe begins with several"
+        raise QcError(what, fix="set when to null")
     increase = known[step_name(stage, "compiled")] / known["start"] - 1
     verdict = "more than" if increase > least else "not more than"
     tell(f"{stage_name(stage)}perplexity grew by {increase:.2%}, {verdict} {least:.2%}")

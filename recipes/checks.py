@@ -38,6 +38,9 @@ def check_train(train: Train, node: Node, mistakes: Mistakes) -> None:
     if train.when is not None and train.least_increase() is None:
         what = f"train.when cannot be {train.when!r}"
         mistakes.add(node.map["when"].place, what, "write when: perplexity_increase > 5 %")
+    if train.memory is not None and train.memory_bytes() is None:
+        what = f"train.memory cannot be {train.memory!r}"
+        mistakes.add(node.map["memory"].place, what, "write memory: auto, or a size such as memory: 8GiB")
 
 
 def _check_layerwise(train: Train, node: Node, mistakes: Mistakes) -> None:
@@ -159,6 +162,9 @@ def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
     if "train" in work.map and _has(work.map["train"], "when") and not _has(work, "evaluate"):
         what = "train.when asks for a perplexity, and nothing here measures it"
         mistakes.lack(work.map["train"].map["when"].key, what, "add evaluate: {metrics: [perplexity]}")
+    elif "train" in work.map and _has(work.map["train"], "when") and _compares_vectors(evaluate):
+        what = "train.when asks for a perplexity, and evaluate compares vectors"
+        mistakes.add(work.map["train"].map["when"].key, what, "set when to null")
     if evaluate is None or not evaluate.map or "data" in evaluate.map:
         return
     if not _has(work, "train"):
@@ -167,6 +173,11 @@ def check_evaluate(work: Node, cache: Node | None, mistakes: Mistakes) -> None:
     elif _is_cached(work.map["train"]) and "data" not in work.map["train"].map and not (cache and "data" in cache.map):
         what = "evaluate has no data, and the training takes its own from a cache"
         mistakes.lack(evaluate.key, what, "add data: to evaluate")
+
+
+def _compares_vectors(evaluate: Node | None) -> bool:
+    metrics = evaluate.map.get("metrics") if evaluate is not None else None
+    return metrics is not None and "embedding" in [one.value for one in metrics.list]
 
 
 def _is_cached(train: Node) -> bool:

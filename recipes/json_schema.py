@@ -29,7 +29,7 @@ SECTIONS: dict[str, type[Any]] = {
 CACHED = "kd-cache"
 """The objective that needs no ``data``: its cache has the text."""
 
-NEEDED = ("Gate", "Export", "Model", "JsonLines", "HubDataset", "TextFiles")
+NEEDED = ("Gate", "Export", "Model", "JsonLines", "HubDataset", "TextFiles", "Texts", "Wikitext")
 """Kinds whose required keys the schema asks for; the others can get theirs from a file they extend."""
 
 FILES: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}

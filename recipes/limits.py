@@ -23,6 +23,8 @@ SOURCES: dict[str, type[Any]] = {
     "hf": settings.HubDataset,
     "jsonl": settings.JsonLines,
     "text": settings.TextFiles,
+    "texts": settings.Texts,
+    "wikitext": settings.Wikitext,
     "retrieval": settings.Retrieval,
     "source": settings.PythonStdlib,
 }
@@ -79,6 +81,8 @@ _COLUMNS = dict.fromkeys(("text", "prompt", "response", "messages", "config"), T
 
 _twin(settings.PythonStdlib)
 _twin(settings.TextFiles, text=Globs)
+_twin(settings.Texts)
+_twin(settings.Wikitext, wikitext=Text)
 _twin(settings.JsonLines, jsonl=Globs, **_COLUMNS)
 _twin(settings.HubDataset, hf=Text, split=Text, **_COLUMNS)
 _twin(
@@ -144,6 +148,7 @@ _twin(
     routing=_ROUTING | None,
     divergence=_DIVERGENCE | None,
     when=Text | None,
+    memory=Text | None,
     seed=Seed | None,
     **dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_batches", "keep"), Count),
     **dict.fromkeys(("eval_every", "save_every"), Natural),

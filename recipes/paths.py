@@ -39,6 +39,8 @@ def resolve_data(data: Node, named: str, mistakes: Mistakes) -> None:
         if key in data.map and (key == "jsonl" or not {"jsonl", "hf"} & set(data.map)):
             for node in data.map[key].list or [data.map[key]]:
                 _glob(node, f"{named}.{key}", mistakes)
+    if "wikitext" in data.map:
+        _folder(data.map["wikitext"], f"{named}.wikitext", mistakes)
     if "hf" in data.map:
         _dataset(data.map["hf"], f"{named}.hf", mistakes)
 
@@ -81,6 +83,9 @@ def _glob(node: Node, named: str, mistakes: Mistakes) -> None:
     full = home if os.path.isabs(home) else os.path.join(glob.escape(os.path.abspath(node.place.folder)), home)
     node.value = os.path.normpath(full)
     if not any(os.path.isfile(found) for found in glob.iglob(full, recursive=True)):
+        if os.path.isdir(full):
+            mistakes.add(node.place, f"{named}: {text!r} is a folder", f"name its files: {text.rstrip('/')}/**/*.txt")
+            return
         fix = (
             "name files, such as corpus/**/*.txt" if glob.has_magic(text) else _near(text, Path(full), node, hub=False)
         )
@@ -97,6 +102,18 @@ def _dataset(node: Node, named: str, mistakes: Mistakes) -> None:
     elif text[0] in "./~" or not HUB_NAME.fullmatch(text):
         node.value = str(path)
         mistakes.add(node.place, f"{named}: there is no folder {text!r}", _near(text, path, node, hub=False))
+
+
+def _folder(node: Node, named: str, mistakes: Mistakes) -> None:
+    text = node.value
+    if not isinstance(text, str) or not text:
+        return
+    path = _absolute(text, node)
+    node.value = str(path)
+    if not path.is_dir():
+        what = f"{named}: {text!r} is a file" if path.exists() else f"{named}: there is no folder {text!r}"
+        fix = "name the folder that it is in" if path.exists() else _near(text, path, node, hub=False)
+        mistakes.add(node.place, what, fix)
 
 
 def _cache(node: Node, mistakes: Mistakes) -> None:

@@ -9,7 +9,10 @@ from recipes.limits import OBJECTIVES, SOURCES
 from recipes.mistakes import Mistakes, nearest
 from recipes.words import said
 
-DATA_FORMS = "write python-stdlib, {text: GLOB}, {jsonl: GLOB}, {hf: NAME} or {retrieval: TASK}"
+DATA_FORMS = (
+    "write python-stdlib, {text: GLOB}, {texts: [TEXT]}, {jsonl: GLOB}, {wikitext: FOLDER}, {hf: NAME} or "
+    "{retrieval: TASK}"
+)
 NAMED_SOURCES = ("python-stdlib",)
 DATA = (
     ("train", "data"), ("train", "eval_data"), ("evaluate", "data"), ("audit", "data"), ("assess", "data"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graph import Graph, QcError
+from graph.encoder import longest_text
 from graph.joint import is_joint
 from graph.prepared import hoist, part, prepare
 from runtimes.reading import GraphModel
@@ -25,6 +26,7 @@ def with_context(graph: Graph, tokenizer: Any, texts: Sequence[str], *, length: 
     if not is_joint(graph):
         what, fix = "this model has no encoder that could read a context", "take the context out"
         raise QcError(what, fix=f"{fix}, or give a model that attach-memory has made")
+    length = min(length, longest_text(graph) or length)
     twin = graph.materialize().copy()
     hoist(twin)
     memory = prepare(twin, _chunks(tokenizer, texts, length))

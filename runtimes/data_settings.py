@@ -32,6 +32,30 @@ class TextFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts that stand in the recipe itself, each a document."""
+
+    texts: tuple[str, ...]
+    """The texts. None of them is held out."""
+
+    def __post_init__(self) -> None:
+        """Refuse a list in which there is nothing to read."""
+        if not self.texts:
+            raise QcError("texts is empty", fix="write texts: [A TEXT, ANOTHER], or name files with text:")
+        blank = next((at for at, text in enumerate(self.texts, 1) if not text.strip()), None)
+        if blank is not None:
+            raise QcError(f"number {blank} of texts is blank", fix="write something there, or take it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wikitext:
+    """A folder laid out as WikiText is: each article a document, those of valid and test held out."""
+
+    wikitext: str
+    """Folder with wiki.train.tokens (or .raw, or .txt), and those of valid and test if evaluation shall read them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Columns:
     """Where the text of a row is: one column, a pair of prompt and response, or a chat."""
 
@@ -166,4 +190,4 @@ def _placeholders(text: str) -> list[str]:
         return [text]
 
 
-Data: TypeAlias = PythonStdlib | TextFiles | JsonLines | HubDataset | Retrieval
+Data: TypeAlias = PythonStdlib | TextFiles | Texts | Wikitext | JsonLines | HubDataset | Retrieval

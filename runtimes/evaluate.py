@@ -151,7 +151,8 @@ def _check(graph: Graph, reference: Graph | None, metrics: Sequence[str]) -> Non
         what = f"no metric is called {unknown[0]!r}" if unknown else "no metric is asked for"
         raise QcError(what, fix=f"use some of {', '.join(METRICS)}")
     if graph.kind == "encoder":
-        raise QcError("an encoder predicts no tokens, so it has no perplexity", fix="evaluate a causal language model")
+        what = "an encoder predicts no tokens, so it has no perplexity"
+        raise QcError(what, fix="ask for metrics: [embedding], and train with objective: embedding")
     missing = [m for m in metrics if m != "perplexity" and reference is None]
     if missing:
         raise QcError(

@@ -19,12 +19,15 @@ from runtimes.data_settings import PythonStdlib as PythonStdlib
 from runtimes.data_settings import Retrieval as Retrieval
 from runtimes.data_settings import RetrievalTask as RetrievalTask
 from runtimes.data_settings import TextFiles as TextFiles
+from runtimes.data_settings import Texts as Texts
+from runtimes.data_settings import Wikitext as Wikitext
 from runtimes.training_settings import AutoSnap as AutoSnap
 from runtimes.training_settings import Backtrack as Backtrack
 from runtimes.training_settings import Divergence as Divergence
 from runtimes.training_settings import Grokfast as Grokfast
 from runtimes.training_settings import Layerwise as Layerwise
 from runtimes.training_settings import Routing as Routing
+from runtimes.training_settings import size_in_bytes
 
 if TYPE_CHECKING:
     from graph.select import Selector
@@ -191,6 +194,10 @@ class Train:
     checkpointing: bool = False
     """Compute the activations of each block again in the backward, which saves memory."""
 
+    memory: str | None = None
+    """What a step may take, ``8GiB``, or ``auto``, what is free: as much is computed again in the backward as that asks
+    for, blocks first, then MLPs some tokens at a time."""
+
     ema: float | None = None
     """Decay of a moving average of the trained tensors, per optimizer step; the average is then the result."""
 
@@ -237,6 +244,10 @@ class Train:
         """The share of ``when`` by which perplexity has to have grown; None where what it says cannot be read."""
         found = re.fullmatch(r"perplexity_increase *> *([0-9]+(?:\.[0-9]+)?) *(%?)", self.when or "")
         return None if found is None else float(found[1]) / (100 if found[2] else 1)
+
+    def memory_bytes(self) -> int | None:
+        """The bytes of ``memory``; 0 for ``auto``, None where what it says cannot be read."""
+        return None if self.memory is None else size_in_bytes(self.memory)
 
     def all_groups(self) -> Mapping[str, Group]:
         """The groups, or the one that ``lr`` stands for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,3 +98,12 @@ class Divergence:
 
     window: int = 20
     """Optimizer steps of a mean."""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """The bytes of ``8GiB`` or ``500 MB``; 0 for ``auto``, None for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMG])(i?)B", text)
+    if match is None:
+        return 0 if text == "auto" else None
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("kMG".index(match[2]) + 1)) or None

@@ -3,9 +3,9 @@
 python tools/awareness_quality.py [--recipe awareness] [--steps N] [--seed 0] [--runs runs/awareness] [--only NAME ...]
                                   [--write]
 
-The recipe as it is, with each way to deploy it; beside it the same over bases in full precision, and with an encoder
-that is not trained: the same questions in the same order. Gradient norms are means over the last tenth of the steps.
-The column of more chunks asks the same models among more than they were trained with.
+The recipe as it is, with each way to deploy it; beside it the same over bases in full precision, with an encoder that
+is not trained, and with MiniLM as the encoder: the same questions in the same order. Gradient norms are means over the
+last tenth of the steps. The column of more chunks asks the same models among more than they were trained with.
 What was run before is taken from --runs. With --write the table goes into docs/retrieval.md.
 """
 
@@ -63,10 +63,19 @@ def frozen_encoder(recipe: dict[str, Any]) -> None:
         stage["require"] = [gate for gate in asked if gate["metric"] != "train/encoder_grad_norm"]
 
 
+def minilm_reads(recipe: dict[str, Any]) -> None:
+    """Take MiniLM for the encoder: wider, looking both ways, of other tokens; and what follows the training out."""
+    from tools.minilm import minilm
+
+    _until_trained(recipe)
+    recipe["models"]["encoder"]["model"] = str(minilm())
+
+
 CASES: dict[str, Callable[[dict[str, Any]], None]] = {
     "as it is": whole,
     "bases in full precision": full_bases,
     "encoder not trained": frozen_encoder,
+    "MiniLM as the encoder": minilm_reads,
 }
 
 

@@ -3,8 +3,9 @@
 python tools/formats.py [--batches 16] [--batch 8] [--length 128] [--only mixed]
 
 The text is of the Python library, held out. Weights are packed and inputs rounded as the export of that name has them,
-which qc verify holds to what transformers computes, to the last digit. All is computed in fp32, NVFP4 and MX too,
-so that formats differ in nothing else; float scales are rounded as in the export.
+which qc verify holds to what transformers computes, to the last digit; with feedback, a recipe has packed them before.
+All is computed in fp32, NVFP4 and MX too, so that formats differ in nothing else; float scales are rounded as in the
+export.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4, group 32": ("int4", {"group": 32}),
     "int4": ("int4", {}),
     "nf4": ("nf4", {}),
+    "nvfp4, with feedback": ("nvfp4", {}),
+    "nvfp4, weight-only, with feedback": ("nvfp4", {"weight_only": True}),
+    "mxfp4, weight-only, with feedback": ("mxfp4", {"weight_only": True}),
+    "int4, group 32, with feedback": ("int4", {"group": 32}),
     "fp8, weight-only, kv_cache": ("fp8", {"weight_only": True, "kv_cache": "fp8"}),
     "nvfp4, weight-only, kv_cache": ("nvfp4", {"weight_only": True, "kv_cache": "fp8"}),
     "mixed: attention fp8, MLP int4": ("mixed", {}),
@@ -43,6 +48,27 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "gguf, encoding q8_0": ("gguf", {"encoding": "q8_0"}),
     "gguf, encoding q4_0": ("gguf", {"encoding": "q4_0"}),
 }
+
+FEEDBACK: dict[str, dict[str, Any]] = {
+    "nvfp4": {"scheme": "nvfp4"},
+    "mxfp4": {"scheme": "mxfp4"},
+    "int4": {"scheme": "int4", "block": 32, "scale_dtype": "fp16"},
+}
+"""What quantize-base is told where weights are rounded with feedback, behind ``calibrate: {covariance: true}``."""
+
+
+def fed_back(target: str) -> Any:
+    """The seedling as a recipe packs it."""
+    from ruamel.yaml import YAML
+
+    from qc.api import compile as compiled
+
+    passes = [{"calibrate": {"data": "python-stdlib", "covariance": True}}, {"quantize-base": FEEDBACK[target]}]
+    with tempfile.TemporaryDirectory(prefix="qc-formats-") as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        YAML(typ="safe").dump({"model": "seedling", "dtype": "fp32", "passes": passes}, recipe)
+        return compiled(recipe, runs=Path(folder) / "runs").graph.materialize()
+
 
 MIXTURES: dict[str, dict[str, dict[str, Any]]] = {
     "mixed: attention fp8, MLP int4": {"attn.*": {"scheme": "fp8"}, "mlp.*": {"scheme": "int4", "block": 128}},
@@ -64,6 +90,7 @@ def served_as(graph: Any, name: str, folder: Path) -> tuple[Any, float]:
     target, options = FORMATS[name]
     if target == "gguf":
         return _in_gguf(graph, options["encoding"])
+    graph = fed_back(target) if name.endswith("with feedback") else graph
     dtype = SCALES[default_dtype(target)]
     plan, errors = make_plan(_packed(graph, name), settings_of(cast(Any, target), **options), dtype)
     assert not errors, errors

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from graph.formats.activations import fake_quantize_input as fake_quantize_input
+from graph.formats.affine import Affine as Affine
 from graph.formats.fidelity import Fidelity as Fidelity
 from graph.formats.fidelity import Tally as Tally
 from graph.formats.fidelity import fidelity as fidelity

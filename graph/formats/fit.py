@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from graph.formats.levels import fit_levels, fp16_levels, nearest
+from graph.formats.fitting import assign, level_sums, products
+from graph.formats.levels import fit_levels, fp16_levels
 from graph.formats.row_scales import LowRankScales, RowScales
 from graph.formats.scales import apart_from_zero
 
 CHUNK = 1 << 17
 """Weights worked on at a time: their several fp32 copies stay in the cache."""
+
+LEAST = 64
+"""Columns worked on at a time, at least: fewer of a row are read as slowly as this many."""
 
 SAMPLE = 1 << 18
 """Weights that the first levels are fitted to."""
@@ -25,9 +29,9 @@ ENOUGH = 2e-3
 """A round that lowers the squared error by less than this share is the last."""
 
 
-def row_slices(rows: int, columns: int, start: int = 0) -> list[slice]:
-    """Slices of ``rows`` rows from row ``start`` on, of about ``CHUNK`` weights each."""
-    step = max(1, CHUNK // columns)
+def row_slices(rows: int, columns: int, start: int = 0, least: int = 1) -> list[slice]:
+    """Slices of ``rows`` rows from row ``start`` on, each of about ``CHUNK`` weights and ``least`` rows or more."""
+    step = max(least, CHUNK // columns)
     return [slice(first, min(first + step, start + rows)) for first in range(start, start + rows, step)]
 
 
@@ -80,31 +84,15 @@ class Fit:
     def _rows(self, part: slice) -> Tensor:
         return self.w[part].float()
 
-    def _picked(self, lut: int, part: slice) -> Tensor:
-        """Q of some rows."""
-        at = self.indices[part]
-        return self.levels[lut].index_select(0, at.int().view(-1)).view(at.shape)
-
-    def _picked_columns(self, part: slice) -> Tensor:
-        """Q of some columns."""
-        luts, n = self.levels.shape
-        at = self.indices[:, part].int()
-        if luts > 1:  # then the levels of all LUTs are one table
-            first = torch.arange(0, luts * n, n, dtype=torch.int32, device=at.device)
-            at += first.repeat_interleave(at.shape[0] // luts)[:, None]
-        return self.levels.view(-1).index_select(0, at.reshape(-1)).view(at.shape)
-
     def _total(self, squares: Tensor) -> float:
-        by_column = squares.sum(0)
-        return float((by_column if self.moments is None else by_column * self.moments).sum(dtype=torch.float64))
+        return float((squares if self.moments is None else squares * self.moments).sum(dtype=torch.float64))
 
     def _assign(self) -> float:
         """Pick the nearest level of every weight; the squared error that is left."""
         error = 0.0
         for lut, part in self._parts():
-            w, s = self._rows(part), self.scales.of(part)
-            self.indices[part] = nearest(w / apart_from_zero(s), self.levels[lut])
-            error += self._total((w - self._picked(lut, part) * s).square_())
+            levels, s = self.levels[lut], self.scales.of(part)
+            error += assign(self._rows(part), s, levels, self.moments, self.indices[part])
         return error
 
     def _first_levels(self, better: RowScales | None) -> None:
@@ -131,15 +119,10 @@ class Fit:
         share, at_once = self.w.shape[0] // luts, max(1, CHUNK // self.w.shape[1])
         every = max(1, share * self.w.shape[1] // (n * REFIT_SAMPLE))
         for lut, part in self._parts():
-            w = self._rows(part)
-            self.scales.solve_rows(part, w, self._picked(lut, part), self.moments)
-            if part.start % share // at_once % every:
-                continue
-            s = self.scales.of(part)
-            weighted = s if self.moments is None else s * self.moments
-            at = self.indices[part].view(-1)
-            below[lut] += torch.bincount(at, (weighted * s).view(-1), minlength=n)
-            above[lut] += torch.bincount(at, (weighted * w).view(-1), minlength=n)
+            w, at = self._rows(part), self.indices[part]
+            self.scales.solve_rows(part, *products(w, at, self.levels[lut], self.moments))
+            if part.start % share // at_once % every == 0:
+                level_sums(w, self.scales.of(part), at, self.moments, below[lut], above[lut])
         self._refit_levels(below, above)
         if isinstance(self.scales, LowRankScales):
             self._solve_columns(self.scales)
@@ -147,8 +130,12 @@ class Fit:
     def _solve_columns(self, scales: LowRankScales) -> None:
         rows, columns = self.w.shape
         scales.begin_columns()
-        for part in row_slices(columns, rows):
-            scales.solve_columns(part, self.w[:, part].float(), self._picked_columns(part))
+        share = rows // self.levels.shape[0]
+        for part in row_slices(columns, rows, least=LEAST):
+            w, at = self.w[:, part].float().split(share), self.indices[:, part].split(share)
+            found = [products(*of_lut) for of_lut in zip(w, at, self.levels, strict=True)]
+            squares, multiplied = (torch.cat(one) if len(one) > 1 else one[0] for one in zip(*found, strict=True))
+            scales.solve_columns(part, squares, multiplied)
         self.scales = scales.orthonormal()
 
     def _refit_levels(self, below: Tensor, above: Tensor) -> None:

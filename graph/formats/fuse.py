@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.nn.functional import linear
 
 from graph.core import Graph
+from graph.formats.affine import dequantize_affine
 from graph.formats.format import has_data
 from graph.formats.four_bit import block_scales, dequantize_4bit
 from graph.formats.int8 import dequantize_int8
@@ -87,6 +88,28 @@ def linear_scaled(
 
 
 @op
+def linear_affine(
+    x: Tensor,
+    indices: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    group: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x`` times a weight of integers with zeros, which is unpacked for the product and again for its backward.
+
+    x: [..., in]    bias: [out]    the rest: as in ``dequantize_affine``  ->  [..., out]
+    """
+
+    def dense(indices: Tensor, scale: Tensor, zero: Tensor, group: Tensor | None) -> Tensor:
+        return dequantize_affine(indices, scale, zero, bits, dtype, group)
+
+    return linear_dequantized(x, bias, dense, indices, scale, zero, group)
+
+
+@op
 def linear_fake_scaled(
     x: Tensor,
     latent: Tensor,
@@ -142,6 +165,7 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "qc.dequantize_4bit": linear_4bit,
     "qc.dequantize_int8": linear_int8,
     "qc.dequantize_scaled": linear_scaled,
+    "qc.dequantize_affine": linear_affine,
     "qc.dequantize_lut": linear_lut,
     "qc.fake_quantize_lut": linear_fake_lut,
     "qc.dequantize_ternary": linear_ternary,

@@ -85,10 +85,10 @@ def _refitted(w: Tensor, q: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tenso
     rows, columns = w.shape
     for _ in range(REFITS):
         for part in row_slices(rows, columns):
-            scales.solve_rows(part, w[part], q[part], None)
+            scales.solve_rows(part, q[part] * q[part], q[part] * w[part])
         scales.begin_columns()
         for part in row_slices(columns, rows):
-            scales.solve_columns(part, w[:, part], q[:, part])
+            scales.solve_columns(part, q[:, part] * q[:, part], q[:, part] * w[:, part])
         scales = scales.orthonormal()
     return scales.a, scales.b
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graph.errors import QcError
 from graph.formats.bits import bits_for, pack_bits, packed_columns
+from graph.formats.feedback import levels_by_row, rounded_with_feedback
 from graph.formats.format import Call, Rows, V, has_data
 from graph.formats.levels import fit_levels, trainable_levels, uniform_levels
 from graph.formats.low_rank import fit_scales, group_absmax, low_rank_of_groups
@@ -112,8 +113,11 @@ class Lut:
             return QcError(what, fix=f"set lut.rank to at most {min(rows, groups)}{narrower}")
         return None
 
-    def pack(self, w: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
-        """w: [out, in], float    moments: [in], the inputs' mean squares, or None  ->  the side tensors."""
+    def pack(self, w: Tensor, moments: Tensor | None = None, covariance: Tensor | None = None) -> dict[str, Tensor]:
+        """The side tensors; with a covariance the indices are those of least error at the outputs, not the nearest.
+
+        w: [out, in], float    moments: [in], the inputs' mean squares, or None    covariance: [in, in] or None
+        """
         assert w.shape[1] == self.columns, f"a weight of {w.shape[1]} columns in a format of {self.columns}"
         lut, scales = self._fitted(w, moments)
         lut = trainable_levels(lut) if self.theta else lut
@@ -121,8 +125,21 @@ class Lut:
         sides = {suffix: _own(value, dtype) for suffix, value in {"lut": lut, **scales}.items()}
         if self.latent:
             return {"latent": w, **sides}
-        weight = LatentWeight(w, lut, self._factors(sides), self.floor)
-        return {"indices": pack_bits(weight.all_codes(), bits_for(self.levels)), **sides}
+        factors = self._factors(sides)
+        nearest = LatentWeight(w, lut, factors, self.floor)
+        if covariance is not None and has_data(w):
+            nearest = self._fed_back(nearest, covariance)
+        codes = nearest.all_codes()
+        return {"indices": pack_bits(codes, bits_for(self.levels)), **sides}
+
+    def _fed_back(self, nearest: LatentWeight, covariance: Tensor) -> LatentWeight:
+        """The levels of least error at the outputs, as a weight without scales."""
+        w, lut = nearest.latent, nearest.lut
+        s, plain = dense_scale(nearest.factors, self.columns, self.floor), torch.empty(w.shape, device=w.device)
+        for part in nearest.parts():
+            nearest.levels(part, None if s is None else s[part], plain[part])
+        levels = rounded_with_feedback(w, s, levels_by_row(lut, w.shape[0]), covariance, plain)
+        return LatentWeight(levels, lut, (), None)
 
     def _fitted(self, w: Tensor, moments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Levels, and scales by suffix, for a weight."""
@@ -201,8 +218,9 @@ class Lut:
 
     def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
         """How far the nearest level is, times the scale; a value that is near two levels may be at either."""
+        w = w.float()
         nearest = LatentWeight(w, packed["lut"], self._factors(packed), self.floor).dense()
-        return (w.float() - nearest).abs_() + ROUNDING * (w.float().abs() + nearest.abs())
+        return (w - nearest).abs_().add_(w.abs().add_(nearest.abs_()), alpha=ROUNDING)
 
     def _factors(self, packed: Mapping[str, Tensor]) -> Factors:
         scale, a, b, g = (packed.get(key) for key in ("scale", "scale_a", "scale_b", "scale_g"))

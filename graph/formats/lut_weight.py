@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graph.formats.bits import Reader
+from graph.formats.fitting import nearest_of
 from graph.formats.format import has_data
-from graph.formats.levels import nearest
 from graph.formats.lut_scales import Factors, dense_scale, row_parts, rows_of
 from graph.formats.memory import scratch
 from graph.formats.scales import apart_from_zero
@@ -136,13 +136,20 @@ class LatentWeight(LutWeight):
         self.latent, self.both = latent, both
 
     def codes(self, rows: slice, s: Tensor | None) -> Tensor:
-        normed = self._normed(rows, s)
-        if self.lut.dim() == 1:
-            return nearest(normed, self.lut)
-        share = self.shape[0] // self.lut.shape[0]
+        return self._nearest(rows, s, self._room(rows, "levels of codes"))
+
+    def _nearest(self, rows: slice, s: Tensor | None, out: Tensor) -> Tensor:
+        """The indices of these rows, u8, whose levels are written to ``out``."""
+        w, lut = self.latent.detach()[rows].float(), self.lut.detach().float()
+        if lut.dim() == 1:
+            return nearest_of(w, s, lut, out)[0]
+        share = self.shape[0] // lut.shape[0]
         borders = [rows.start, *range(rows.start // share * share + share, rows.stop, share), rows.stop]
-        parts = normed.split([end - start for start, end in pairwise(borders)])
-        return torch.cat([nearest(part, self.lut[n // share]) for n, part in zip(borders, parts, strict=False)])
+        found = []
+        for start, end in pairwise(borders):
+            part = slice(start - rows.start, end - rows.start)
+            found.append(nearest_of(w[part], None if s is None else s[part], lut[start // share], out[part])[0])
+        return torch.cat(found)
 
     def all_codes(self) -> Tensor:
         """The indices of all rows, u8 [out, in]."""
@@ -152,21 +159,14 @@ class LatentWeight(LutWeight):
         return found
 
     def levels(self, rows: slice, s: Tensor | None, out: Tensor) -> Tensor:
-        at = self.codes(rows, s).int() + level_starts(self.lut, self.shape[0], rows)
-        torch.index_select(self.lut.float().reshape(-1), 0, at.view(-1), out=out.view(-1))
+        self._nearest(rows, s, out)
         return out
 
     def slope(self, rows: slice, q: Tensor, s: Tensor) -> Tensor:
         """Q; where the latent weight trains as well, ``Q - w / S`` between the outermost levels."""
         if not self.both:
             return q
-        normed = self._normed(rows, s)
+        normed = self.latent[rows].float() / apart_from_zero(s)
         ends = self.lut.float().reshape(-1, self.lut.shape[-1])[:, [0, -1]]
         low, high = ends.repeat_interleave(self.shape[0] // ends.shape[0], dim=0)[rows].split(1, dim=1)
         return torch.where((normed >= low) & (normed <= high), q - normed, q)
-
-    def _normed(self, rows: slice, s: Tensor | None) -> Tensor:
-        w = self.latent[rows].float()
-        if s is None:
-            return w
-        return w / (s if self.floor is not None else apart_from_zero(s))

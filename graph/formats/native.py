@@ -1,7 +1,8 @@
 """Packing in C, where the machine has a compiler: one pass over a weight instead of a dozen, to the same bytes.
 
-``packing.c`` and ``ternary.c`` are built once for a machine and kept in the user's cache. Without a compiler, on other
-devices and for weights that are not fp32, the torch ops do the work: docs/decisions/0009-packing-in-c.md.
+``packing.c``, ``ternary.c`` and ``fitting.c`` are built once for a machine and kept in the user's cache. Without a
+compiler, on other devices and for weights that are not fp32, the torch ops do the work:
+docs/decisions/0009-packing-in-c.md.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from graph.formats.memory import scratch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("packing.c", "ternary.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packing.c", "ternary.c", "fitting.c"))
 
 ENCODED = ("e4m3", "e2m1", "int2", "int4", "int8")
 """The elements whose codes it makes."""
@@ -68,7 +69,7 @@ def magnitudes(w: Tensor, columns: int, out: Tensor) -> bool:
 
     w: f32 [out, in]    out: f32 [out, in / columns]
     """
-    return _call("magnitudes", (w, out), _at(w), out.numel(), columns, _at(out))
+    return _call("magnitudes", (w, out), at(w), out.numel(), columns, at(out))
 
 
 def encode(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
@@ -78,9 +79,7 @@ def encode(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
     """
     groups = scale.numel()
     name = f"encode_{element}"
-    return element in ENCODED and _call(
-        name, (w, scale, out), _at(w), _at(scale), groups, w.numel() // groups, _at(out)
-    )
+    return element in ENCODED and _call(name, (w, scale, out), at(w), at(scale), groups, w.numel() // groups, at(out))
 
 
 def nearest(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
@@ -91,7 +90,7 @@ def nearest(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
     groups = scale.numel()
     name = f"nearest_{element}"
     fits = element in NEAREST and out.dtype == torch.float32
-    return fits and _call(name, (w, scale, out), _at(w), _at(scale), groups, w.numel() // groups, _at(out))
+    return fits and _call(name, (w, scale, out), at(w), at(scale), groups, w.numel() // groups, at(out))
 
 
 def pack(element: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool:
@@ -117,7 +116,7 @@ def _found(name: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool
     read = scratch("native.read", tuple(scale.shape), torch.float32, w.device)
     groups, columns = scale.numel(), w.numel() // scale.numel()
     rule = _RULES.index(by.dtype), by.largest, by.divisor
-    return _call(name, (w, scale, out), _at(w), groups, columns, *rule, _at(scale), _at(read), _at(out))
+    return _call(name, (w, scale, out), at(w), groups, columns, *rule, at(scale), at(read), at(out))
 
 
 def encode_levels(w: Tensor, bounds: Tensor, absmax: Tensor, out: Tensor) -> bool:
@@ -127,7 +126,7 @@ def encode_levels(w: Tensor, bounds: Tensor, absmax: Tensor, out: Tensor) -> boo
     of two in the high half. False where that is left to torch.
     """
     blocks = absmax.numel()
-    given = _at(w), _at(bounds), blocks, w.numel() // blocks, _at(absmax), _at(out)
+    given = at(w), at(bounds), blocks, w.numel() // blocks, at(absmax), at(out)
     return _call("encode_levels", (w, bounds, absmax, out), *given)
 
 
@@ -139,11 +138,9 @@ def ternary_fitted(
     w, out: f32 [rows, columns], or no out    threshold, scale: f32 [rows, groups]    tau: None for round-clip
     """
     groups = scale.numel()
-    given = _at(w), groups, w.numel() // groups, -1.0 if tau is None else tau, int(squares)
-    room = ctypes.c_void_p(None) if out is None else _at(out)
-    return _call(
-        "ternary_fitted", (w, threshold, scale, w if out is None else out), *given, *map(_at, (threshold, scale)), room
-    )
+    given = at(w), groups, w.numel() // groups, -1.0 if tau is None else tau, int(squares)
+    written = w if out is None else out
+    return _call("ternary_fitted", (w, threshold, scale, written), *given, *map(at, (threshold, scale, out)))
 
 
 def ternary_dense(w: Tensor, threshold: Tensor, scale: Tensor, out: Tensor) -> bool:
@@ -155,19 +152,25 @@ def ternary_dense(w: Tensor, threshold: Tensor, scale: Tensor, out: Tensor) -> b
     return _call(
         "ternary_dense",
         (w, threshold, scale, out),
-        _at(w),
+        at(w),
         groups,
         w.numel() // groups,
-        *map(_at, (threshold, scale, out)),
+        *map(at, (threshold, scale, out)),
     )
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_p) -> bool:
-    found = _library() if _fits(*tensors) else None
+    found = function(name, *tensors)
     if found is None:
         return False
-    getattr(found, name)(*given)
+    found(*given)
     return True
+
+
+def function(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """The C function of that name, where it can read and write these tensors, the first of them f32."""
+    found = _library() if _fits(*tensors) else None
+    return None if found is None else cast("Callable[..., Any]", getattr(found, name))
 
 
 def _fits(w: Tensor, *others: Tensor) -> bool:
@@ -176,8 +179,9 @@ def _fits(w: Tensor, *others: Tensor) -> bool:
     return plain and all(x.device.type == "cpu" and x.is_contiguous() for x in (w, *others))
 
 
-def _at(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+def at(x: Tensor | None) -> ctypes.c_void_p:
+    """Where its values begin; nowhere where there is none."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def leave_to_torch() -> None:
@@ -258,7 +262,11 @@ def _opened(kept: Path) -> ctypes.CDLL:
     signatures["ternary_fitted"] = [pointer, count, count, real, integer, pointer, pointer, pointer]
     signatures["ternary_dense"] = [pointer, count, count, pointer, pointer, pointer]
     signatures["encode_levels"] = [pointer, pointer, count, count, pointer, pointer]
+    signatures["lut_assign"] = [pointer, pointer, count, count, pointer, pointer, count, pointer, pointer]
+    signatures["lut_nearest"] = signatures["lut_assign"]
+    signatures["lut_products"] = [pointer, count, pointer, count, count, count, pointer, pointer, pointer, pointer]
+    signatures["lut_sums"] = [pointer, pointer, pointer, count, count, pointer, pointer, pointer]
     for name, types in signatures.items():
-        function: Callable[..., None] = getattr(found, name)
-        function.argtypes, function.restype = types, None  # type: ignore[attr-defined]
+        made: Any = getattr(found, name)
+        made.argtypes, made.restype = types, ctypes.c_double if name == "lut_assign" else None
     return found

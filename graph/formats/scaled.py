@@ -18,7 +18,7 @@ from torch import Tensor
 from graph.errors import QcError
 from graph.formats.elements import E2M1, E4M3, Element, integers
 from graph.formats.format import Call, Rows, V, has_data
-from graph.formats.scaled_parts import Fused, nearest, pack
+from graph.formats.scaled_parts import Fused, nearest, pack, pack_with_feedback
 from graph.formats.scales_of import (
     e4m3_scales,
     e8m0_scales,
@@ -116,12 +116,15 @@ class Scaled:
             return QcError(what, fix="exclude it from select")
         return None
 
-    def pack(self, w: Tensor) -> dict[str, Tensor]:
-        """w: [out, in], float  ->  the side tensors, as in the class."""
+    def pack(self, w: Tensor, covariance: Tensor | None = None) -> dict[str, Tensor]:
+        """The side tensors, as in the class; with a covariance codes are those of least error at the outputs.
+
+        w: [out, in], float    covariance: f32 [in, in], the inputs' mean products, or None
+        """
         assert self.problem("the weight", tuple(w.shape)) is None, "see problem()"
         if self.latent:
             return {"latent": w}
-        return pack(self, w)
+        return pack(self, w) if covariance is None else pack_with_feedback(self, w, covariance)
 
     def scales(self, w: Tensor) -> dict[str, Tensor]:
         """The side tensors but for the codes."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graph.formats import native
+from graph.formats.feedback import rounded_with_feedback
 from graph.formats.format import has_data
 from graph.formats.memory import scratch
 from graph.formats.scales_of import (
@@ -43,6 +44,22 @@ def pack(form: Scaled, w: Tensor) -> dict[str, Tensor]:
     form = _with_largest(form, w.detach())
     sides = [_pack_rows(form, w[rows].detach(), codes[rows]) for rows in _apart(form, w)]
     return {"indices": codes, **sides[0], "scale": torch.cat([side["scale"] for side in sides])}
+
+
+def pack_with_feedback(form: Scaled, w: Tensor, covariance: Tensor) -> dict[str, Tensor]:
+    """The same scales as ``pack`` finds, and the codes of least error at the outputs.
+
+    w: [out, in], float    covariance: f32 [in, in], the inputs' mean products
+    """
+    sides = pack(form, w)
+    if not has_data(w):
+        return sides
+    by_row = scales_by_row(read_scales(sides["scale"], sides.get("global_scale")), w.shape[0])(slice(0, w.shape[0]))
+    s = by_row.repeat_interleave(w.shape[1] // by_row.shape[1], 1)
+    plain = form.element.decode(sides["indices"])
+    numbers = rounded_with_feedback(w, s, form.element.nearest, covariance, plain)
+    form.element.encode(numbers.add_(0.0), sides["indices"])  # a zero has no sign
+    return sides
 
 
 def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: Fused = None) -> Tensor:

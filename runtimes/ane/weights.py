@@ -178,9 +178,10 @@ def _lut(graph: Graph, node: fx.Node, reader: str) -> Weight:
 
 
 def _not_stored(graph: Graph, node: fx.Node, op: str, reader: str) -> QcError:
-    if op in ("qc.dequantize_4bit", "qc.dequantize_scaled"):
+    if op in ("qc.dequantize_4bit", "qc.dequantize_scaled", "qc.dequantize_affine"):
         name = weight_name(Site(graph, node))
-        what = f"{name} is {node.args[2]} with a scale every few columns, which the Neural Engine cannot keep packed"
+        kind = f"int{node.args[3]}" if op == "qc.dequantize_affine" else node.args[2]
+        what = f"{name} is {kind} with a scale every few columns, which the Neural Engine cannot keep packed"
         fix = "dequantize it before the export, or quantize it with scheme: lut or int8"
         return QcError(what, site=reader, fix=fix)
     if op == "qc.fake_quantize_lut":

@@ -78,6 +78,9 @@ def assess(
     Gradients are those of the next token's loss, by what trains, or by all weights where nothing does, over
     ``micro_batches`` batches of a level's rows. ``folder`` is where Accelerate may put files.
     """
+    if graph.kind == "encoder":
+        what = "an encoder predicts no tokens, so no text is hard for it"
+        raise QcError(what, fix="assess a language model; qc quality compares the vectors of an encoder")
     student = Student(_trainable(graph), Train(data=PythonStdlib(), steps=1, lr=1.0), Processes(folder, ()))
     found = tuple(_level(graph, student, level, micro_batches) for level in levels)
     return Assessment(target, tolerance, found, crossing([one.accuracy for one in found], target, tolerance))

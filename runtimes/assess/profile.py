@@ -26,7 +26,7 @@ VERDICTS = (
     (0.50, "much worse than the model; train it longer, keep more weights, or give scales to smaller groups"),
     (math.inf, "no longer the model; what was packed has to be trained before it is of use"),
 )
-"""Growth of perplexity up to which a sentence holds."""
+"""Growth of perplexity, or what a correlation is below 1, up to which a sentence holds."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ def verdict(before: float, after: float) -> str:
     words = next(words for most, words in VERDICTS if grown <= most)
     change = f"{grown:.1%} more" if grown >= 0 else f"{-grown:.1%} less"
     return f"perplexity {before:.2f} before and {after:.2f} after, {change}: {words}"
+
+
+def verdict_on_vectors(cosine: float, spearman: float) -> str:
+    """The same of an encoder: how near its vectors are to the model's, and how it ranks texts by them."""
+    words = next(words for most, words in VERDICTS if 1 - spearman <= most)
+    near = f"vectors have a cosine of {cosine:.3f} with the model's"
+    return f"{near}, and rank texts with a correlation of {spearman:.3f}: {words}"
 
 
 def draw(found: Sequence[WeightError], path: Path, title: str) -> str | None:

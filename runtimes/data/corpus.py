@@ -25,7 +25,7 @@ class Corpus:
     def __init__(self, data: Data, root: Path = Path()):
         self.data, self.root = data, root
         self.sizes = {document.digest(): document.size() for document in documents(data, root)}
-        self.held_out = held_out(data, self.sizes) & self.sizes.keys()
+        self.held_out = held_out(data, self.sizes, root) & self.sizes.keys()
 
     def digest(self) -> str:
         """A hash of all documents and of which are held out."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from graph.errors import QcError
 from runtimes import stdlib_text
-from runtimes.settings import Columns, Data, HubDataset, JsonLines, PythonStdlib, Retrieval, TextFiles
+from runtimes.data import wikitext
+from runtimes.settings import Columns, Data, HubDataset, JsonLines, PythonStdlib, Retrieval, TextFiles, Texts, Wikitext
 
 Split = Literal["train", "heldout", "all"]
 
@@ -60,30 +61,46 @@ def documents(data: Data, root: Path) -> Iterator[Document]:
     if isinstance(data, Retrieval):
         raise QcError(
             "questions with chunks beside them are no text to read from end to end",
-            fix="give python-stdlib, text:, jsonl: or hf: here; retrieval: is for train and evaluate",
+            fix="give text: or another source of text here; retrieval: is for train and evaluate",
         )
-    source = _plain(data, root) if isinstance(data, PythonStdlib | TextFiles) else _rows(data, root)
+    source = _rows(data, root) if isinstance(data, JsonLines | HubDataset) else _plain(data, root)
     return (document for document in source if not document.empty())
 
 
-def held_out(data: Data, sizes: Mapping[bytes, int]) -> frozenset[bytes]:
+def held_out(data: Data, sizes: Mapping[bytes, int], root: Path) -> frozenset[bytes]:
     """The digests of the documents kept for evaluation: one in 20, and one at least if there are two.
 
-    Of the standard library it is what its own split holds out: files that the shipped model never saw.
+    Of the standard library it is what its own split holds out: files that the shipped model never saw. Of WikiText it
+    is valid and test, and of texts in the recipe none.
     """
+    if isinstance(data, Texts):
+        return frozenset()
+    if isinstance(data, Wikitext):
+        return frozenset(Document(text).digest() for text in _articles(data, root, wikitext.PARTS[1:]))
     if isinstance(data, PythonStdlib):
         return frozenset(Document(stdlib_text.read_text(path)).digest() for path in _stdlib("heldout"))
     chosen = frozenset(digest for digest in sizes if int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0)
     return chosen or frozenset([min(sizes)] if len(sizes) > 1 else [])
 
 
-def _plain(data: PythonStdlib | TextFiles, root: Path) -> Iterator[Document]:
-    if isinstance(data, PythonStdlib):
-        for path in sorted(_stdlib("train") + _stdlib("heldout")):
-            yield Document(stdlib_text.read_text(path))
-        return
-    for path in _files(data.text, root, "text"):
-        yield Document(_read_text(path))
+def _plain(data: PythonStdlib | TextFiles | Texts | Wikitext, root: Path) -> Iterator[Document]:
+    return map(Document, _texts(data, root))
+
+
+def _texts(data: PythonStdlib | TextFiles | Texts | Wikitext, root: Path) -> Iterable[str]:
+    match data:
+        case Texts():
+            return data.texts
+        case Wikitext():
+            return _articles(data, root, wikitext.PARTS)
+        case TextFiles():
+            return map(_read_text, _files(data.text, root, "text"))
+    return map(stdlib_text.read_text, sorted(_stdlib("train") + _stdlib("heldout")))
+
+
+def _articles(data: Wikitext, root: Path, parts: Collection[str]) -> Iterator[str]:
+    found = wikitext.files(root / Path(data.wikitext).expanduser())
+    return (text for part in found if part in parts for text in wikitext.articles(_read_text(found[part])))
 
 
 @cache
@@ -171,6 +188,9 @@ def _files(globs: str | tuple[str, ...], root: Path, key: str) -> list[Path]:
             Path(p) for p in glob.glob(str(root / Path(pattern).expanduser()), recursive=True) if Path(p).is_file()
         }
         if not paths:
+            folder = (root / Path(pattern).expanduser()).is_dir()
+            if folder:
+                raise QcError(f"{key}: {pattern} is a folder", fix=f"name its files: {pattern.rstrip('/')}/**/*.txt")
             raise QcError(f"{key}: {pattern} matches no file", fix="check the path; it starts at the recipe's folder")
         found |= paths
     return sorted(found)

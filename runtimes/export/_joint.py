@@ -3,7 +3,8 @@
 encoder/               a folder that ``AutoModel.from_pretrained`` loads, with the tokenizer of the chunks
 decoder/               one that ``AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer of the text
 memory.safetensors     cross-attention under the decoder's names, ``model.layers.0.gca.q_proj.weight``, and, where the
-                       encoder has them, its projections ``memory_key.weight`` and ``memory_value.weight``
+                       encoder has them, its projections: ``memory.weight`` of keys and values alike, or
+                       ``memory_key.weight`` and ``memory_value.weight``
 memory.json            by layer: heads, kv_heads, eps and gate; and how the encoder looks
 
 Gates and norms stay in fp32 whatever the export's dtype. ``docs/awareness.md`` has a loader.

@@ -62,6 +62,7 @@ def export(
             "smallest_scale": SMALLEST,
             "weights": records,
             "kept": {one.name: {"shape": list(one.shape), "dtype": dtype} for one in kept},
+            "weighed": _weighed((about or {}).get("reports", ())),
             "figures": figures,
             "arithmetic": sizes.arithmetic(),
             "sha256": {WEIGHTS: sha256(new / WEIGHTS)},
@@ -93,6 +94,12 @@ def _write(graph: Graph, new: Path, packed: list[Packed], entries: list[Entry]) 
 def _kept(one: Any, dtype: torch.dtype) -> Entry:
     made = dtype if one.dtype.is_floating_point else one.dtype
     return Entry(one.name, one.shape, made, lambda: one.load().to(made))
+
+
+def _weighed(reports: Any) -> dict[str, Any]:
+    """Of every weight among which some were chosen to stay: what packing it loses, and whether it stayed."""
+    found = [one for report in reports for one in report.get("weighed", ()) if report["pass"] == "ternary-ste"]
+    return {one["weight"]: {"output_error": one["error"], "kept": one["kept"]} for one in found}
 
 
 def _zeros(records: Mapping[str, Any]) -> float:

@@ -103,6 +103,9 @@ class _Weight:
             return self._lut()
         if op == "qc.dequantize_ternary":
             return self._ternary()
+        if op == "qc.dequantize_affine":
+            what = f"{self.name} holds integers with zero points, which are not written packed yet"
+            raise QcError(what, site=self.site.name, fix="add the pass dequantize before the export")
         what = f"{self.name} is still a float weight that is packed anew each time it is read"
         raise QcError(what, site=self.site.name, fix="run freeze-q before the export")
 

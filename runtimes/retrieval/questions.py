@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graph import Graph
+from graph.encoder import longest_text
 from graph.errors import QcError
 from runtimes.data import Batch
 from runtimes.data.batches import IGNORED
@@ -137,6 +139,16 @@ class Questions:
             if left < 0:
                 return name
         return name
+
+
+def fits(graph: Graph, data: Retrieval) -> None:
+    """Raises QcError where chunks may be longer than what the encoder of a joint graph has positions for."""
+    longest = longest_text(graph)
+    _needs(
+        longest is None or data.chunk_length <= longest,
+        f"chunk_length is {data.chunk_length}, and the encoder has positions for {longest} tokens",
+        f"set chunk_length to {longest}; a chunk that is longer is an error then",
+    )
 
 
 def _rows(pieces: Sequence[Sequence[tuple[list[int], list[int]]]], width: int, padding: int) -> tuple[Tensor, ...]:

@@ -21,10 +21,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from graph import QcError
+from graph import Graph, QcError
 from runtimes.data.batches import IGNORED
 from runtimes.retrieval.example import Asked
-from runtimes.retrieval.questions import AskedBatch, Questions
+from runtimes.retrieval.questions import AskedBatch, Questions, fits
 
 
 class Reader(Protocol):
@@ -89,6 +89,8 @@ def recall(graph: Reader, questions: Questions, *, batches: int, batch: int, gre
             "the model reads no memory, so it can look nothing up",
             fix="join an encoder and a decoder with attach-memory",
         )
+    if isinstance(graph, Graph):
+        fits(graph, questions.data)
     speak = generated if greedy else forced
     asked = [questions.batch(range(at * batch, (at + 1) * batch)) for at in range(batches)]
     replies = list(_replies(graph, questions, asked, speak))

@@ -19,6 +19,7 @@ _FREE_TO_CHANGE = (
     "batch",
     "lr",
     "checkpointing",
+    "memory",
     "eval_every",
     "eval_batches",
     "save_every",

@@ -18,13 +18,14 @@ import torch
 from graph import Graph, QcError
 from graph.weights import sha256
 from runtimes.data.disk import sweep
-from runtimes.settings import Train
+from runtimes.settings import Kd, Train
 from runtimes.train import plot
 from runtimes.train.checkpoints import Checkpoints, State, same
 from runtimes.train.corpus import open_text
 from runtimes.train.distribute import Processes
 from runtimes.train.divergence import Watch
 from runtimes.train.groups import members
+from runtimes.train.memory import dense_bytes
 from runtimes.train.metrics import Metrics, Row, Trackers, read
 from runtimes.train.progress import Progress, Silent, terminal
 from runtimes.train.report import TrainReport
@@ -73,7 +74,8 @@ def train(
         )
     generator = torch.random.get_rng_state()
     try:
-        student = Student(graph, settings, processes)
+        beside = 0 if teacher is None or settings.memory is None else dense_bytes(teacher)
+        student = Student(graph, settings, processes, beside)
         trainer = Trainer(student, settings, groups, text, processes, teacher=teacher, seed=seed)
         session = _Session(trainer, folder, resume, (progress or terminal()) if processes.main else Silent())
         return session.run(resolved or {})
@@ -114,7 +116,7 @@ class _Session:
             if self.processes.main:
                 metrics.open(self.state.step)
             self.progress.begin(self.settings.steps, self.state.step)
-            for note in self.trainer.text.notes:
+            for note in (*self.trainer.text.notes, *self.trainer.student.notes):
                 self.progress.note(note)
             while self.state.step < self.settings.steps and not self.watch.runs_away:
                 row = self._step()
@@ -183,7 +185,8 @@ class _Session:
         return path
 
     def _finish(self) -> TrainReport:
-        rows, notes = read(self.folder), [*self.trainer.text.notes, *self.trainer.last_words()]
+        trainer, rows = self.trainer, read(self.folder)
+        notes = [*trainer.text.notes, *trainer.student.notes, *trainer.last_words()]
         path = self.folder / "checkpoints" / f"step-{self.state.step}"
         if self.watch.runs_away:
             path = self._go_back()
@@ -191,7 +194,9 @@ class _Session:
             self.progress.note(notes[-1])
         self.trainer.give_back()
         if self.settings.plot and self.processes.main:
-            note = plot.draw(rows, self.folder / "loss.png", self.folder.name)
+            taught = isinstance(self.settings.objective, Kd)  # a divergence, where held-out text has its own tokens
+            heldout = "held-out text: the next token" if taught else "held-out text"
+            note = plot.draw(rows, self.folder / "loss.png", self.folder.name, heldout)
             if note:
                 notes.append(note)
                 self.progress.note(note)

@@ -12,8 +12,11 @@ from runtimes.train.metrics import EXACT
 MISSING = "no loss.png: matplotlib is not installed; pip install 'qc-compiler[plots]'"
 
 
-def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | None:
-    """Draw the losses of ``rows`` to ``path``, and the share of questions answered; a note where that cannot be."""
+def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str, heldout: str = "held-out text") -> str | None:
+    """Draw the losses of ``rows`` to ``path``, and the share of questions answered; a note where that cannot be.
+
+    ``heldout`` names what was measured on text that is held out.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return MISSING
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +29,7 @@ def draw(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> str | N
     axes.plot(steps, _smooth(losses), color="#1f5fa8", linewidth=1.6, label="training, smoothed")
     evaluated = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), color="#d1622b", marker="o", markersize=4, label="held-out text")
+        axes.plot(*zip(*evaluated, strict=True), color="#d1622b", marker="o", markersize=4, label=heldout)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     exact = [(r["step"], r[EXACT]) for r in rows if EXACT in r]

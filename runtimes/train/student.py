@@ -23,10 +23,13 @@ from graph.lora import write_in_place
 from graph.nest import nest
 from graph.unpadded import without_padding
 from runtimes.data import Batch
+from runtimes.retrieval.questions import fits
 from runtimes.settings import Retrieval, Train
+from runtimes.train.chunked import chunkable, run_in_chunks
 from runtimes.train.distribute import Processes, fill
 from runtimes.train.layerwise import layers_of
 from runtimes.train.losses import Features
+from runtimes.train.memory import plan
 from runtimes.train.objectives import cut_head, features
 from runtimes.train.routing import weights_of
 
@@ -36,11 +39,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Student:
     """What the loop trains."""
 
-    def __init__(self, graph: Graph, settings: Train, processes: Processes):
+    def __init__(self, graph: Graph, settings: Train, processes: Processes, beside: int = 0):
+        """``beside`` are the bytes that are needed for a teacher."""
         check(graph, settings)
         self.graph, self.processes = graph, processes
         self.dtype = DTYPES[settings.precision]
         self.has_mode = "training" in graph.inputs
+        self.notes: tuple[str, ...] = ()
         work = graph.materialize().copy()
         self.cut = cut_head(work)
         self.layers = [] if settings.layerwise is None else layers_of(work, settings.layerwise)
@@ -60,18 +65,31 @@ class Student:
         names = [name for name, info in graph.tensors().items() if info.trainable]
         for name in names:
             work.set_tensor(name, graph.tensor(name).to(processes.device, torch.float32))
+        again = settings.checkpointing
+        if settings.memory is not None:
+            again = self._fit(work, settings, names, beside)
         module: nn.Module = work.module
         blocks: tuple[str, ...] = ()
-        if settings.checkpointing or processes.sharded:
+        if again or processes.sharded:
             nested = nest(work)
             module, blocks = nested, nested.qc_blocks
-        if settings.checkpointing:
+        if again:
             for block in blocks:
                 _recompute(module.get_submodule(block))
         self.module = processes.wrap(module, blocks)
         inner = self.module.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else self.module
         everything = dict(inner.named_parameters())
         self.parameters: Mapping[str, Tensor] = {name: everything[name] for name in names}
+
+    def _fit(self, work: Graph, settings: Train, trained: Sequence[str], beside: int) -> bool:
+        """Find what has to be computed again for a step to fit the memory; whether blocks do. MLPs are cut at once."""
+        mlps, refused = chunkable(work)
+        found = plan(work, settings, trained, mlps, beside, self.dtype)
+        if found.chunk is not None:
+            run_in_chunks(work, mlps, found.chunk)
+        whole = f"; of MLPs, {refused[0]}" if refused and found.blocks else ""
+        self.notes = (f"{found.said}{whole}",)
+        return found.blocks
 
     def __call__(self, batch: Batch, training: bool, progress: float = 1.0) -> Features:
         """Run it; under bf16 the trained fp32 tensors are cast as they are used.
@@ -118,6 +136,9 @@ class Student:
 
 def check(graph: Graph, settings: Train) -> None:
     """Refuse what cannot be trained, or not in this way."""
+    if settings.memory is not None and (is_joint(graph) or settings.layerwise is not None):
+        what = "memory is planned for one model that trains as a whole"
+        raise QcError(what, fix="take memory out, and set checkpointing")
     encodes = settings.objective.name == "embedding"
     if encodes and graph.kind != "encoder":
         what = f"this graph is of kind {graph.kind}; embedding trains encoders"
@@ -125,13 +146,16 @@ def check(graph: Graph, settings: Train) -> None:
     if graph.kind != "causal-lm" and not encodes:
         raise QcError(
             f"this graph is of kind {graph.kind}; causal-lm and kd train causal language models",
-            fix="capture the model with kind='causal-lm'",
+            fix="train with objective: embedding",
         )
     if isinstance(settings.data, Retrieval) and "memory_ids" not in graph.inputs:
         raise QcError(
             "the data asks questions about chunks, and the model reads no memory",
             fix="join an encoder and a decoder with attach-memory, or train on text",
         )
+    for data in (settings.data, settings.eval_data):
+        if isinstance(data, Retrieval):
+            fits(graph, data)
     bare = [n for n in graph.tensors() if n not in graph.stored and graph.tensor(n).is_meta]
     if bare:
         raise QcError(

@@ -57,10 +57,9 @@ def _memory(encoder: Any, read: dict[str, Any], weights: dict[str, Any], about: 
         rows.append(torch.cat(found)[: about["max_tokens"]])
     states = pad_sequence(rows, batch_first=True)
     mask = torch.arange(states.shape[1])[None] < torch.tensor([[len(row)] for row in rows])
-    keys, values = (
-        states if name not in weights else states @ weights[name].T
-        for name in ("memory_key.weight", "memory_value.weight")
-    )
+    shared = weights.get("memory.weight")
+    each = (weights.get(f"memory_{one}.weight", shared) for one in ("key", "value"))
+    keys, values = (states if weight is None else states @ weight.T for weight in each)
     return keys, values, mask
 
 

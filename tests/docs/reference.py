@@ -41,6 +41,7 @@ SECTIONS = {
     "Stage": "[stage](#stages)",
     "Model": "`{model: …}`",
     "LutOptions": "[lut](#lut)",
+    "Keep": "[keep](#keep)",
     "GcaGate": "`{function: …, init: …}`",
 }
 """What the tables say for a part that has a table of its own."""

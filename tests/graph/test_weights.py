@@ -310,11 +310,16 @@ def test_weights_that_are_only_a_pickle_are_refused(folder: Path) -> None:
     )
 
 
-def test_a_model_that_is_quantized_already_is_refused(folder: Path) -> None:
+def test_a_model_that_is_said_to_be_packed_and_is_not_is_refused(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
     assert errors(capture, str(folder)) == (
-        f"{folder} is quantized already (fp8)\n  fix    give the model before it was quantized, and let quantize-base do it"
+        f"{folder}: config.json says that fp8 has packed the weights, and no packed one is there\n"
+        "  fix    fetch the checkpoint again, or take quantization_config out of config.json"
+    )
+    assert errors(open_checkpoint, str(folder)) == (
+        f"{folder} is quantized already (fp8), and float weights are wanted\n"
+        "  fix    give the model before it was quantized"
     )
 
 

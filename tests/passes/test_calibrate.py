@@ -18,6 +18,7 @@ from passes.calibrate import Calibrate
 from passes.merge_lora import MergeLora
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
+from passes.ternary_ste import TernarySte
 from recipes.load import load
 from runtimes.settings import PythonStdlib, TextFiles
 from tests.passes.test_merge_lora import train
@@ -57,7 +58,7 @@ def test_the_graph_looks_as_before_and_the_moments_lie_beside_the_weights() -> N
     assert str(graph) == text
     assert len(report.changed) == 14
     assert f"{UP}.weight_moments" in report.changed
-    assert report.figures == {"linears": 14, "tokens": 256}
+    assert report.figures == {"linears": 14, "tokens": 224}, "those that are no padding"
     assert apply(STEP, graph).changed == report.changed
 
 
@@ -194,3 +195,73 @@ def test_sizes_that_cannot_be_are_told() -> None:
     with pytest.raises(QcError) as caught:
         Calibrate(data=None, tokens=0)
     assert str(caught.value) == "tokens is 0\n  fix    give a number from 1"
+
+
+# -- how columns vary together ------------------------------------------------------------------------------------------
+
+ALONE = Calibrate(data=None, tokens=2048, length=16, batch=4).reading(rows)
+TOGETHER = Calibrate(data=None, tokens=2048, length=16, batch=4, covariance=True).reading(rows)
+PACKED = QuantizeBase(scheme="lut", lut=LutOptions(bits=2, rank=2, group=16, train="none"))
+
+
+def test_the_covariance_lies_beside_the_moments_and_says_the_same() -> None:
+    graph = capture(model())
+    report = apply(TOGETHER, graph)
+    together, moments = graph.tensor(f"{UP}.weight_covariance"), graph.tensor(f"{UP}.weight_moments")
+    assert f"{UP}.weight_covariance" in report.changed and together.shape == (64, 64)
+    assert together.equal(together.t()) and together.diagonal().equal(moments)
+    alone = capture(model())
+    apply(ALONE, alone)
+    torch.testing.assert_close(moments, alone.tensor(f"{UP}.weight_moments"), atol=1e-6, rtol=1e-5)
+
+
+def test_a_packed_weight_loses_less_at_its_outputs_with_it() -> None:
+    graph, alone = capture(model()), capture(model())
+    w, together = model().get_submodule(UP).weight.detach(), None
+    for one in (graph, alone):
+        apply(TOGETHER if one is graph else ALONE, one)
+        together = one.tensor(f"{UP}.weight_covariance") if one is graph else together
+        apply(PACKED, one)
+        assert not any("covariance" in name or "moments" in name for name in one.tensors())
+    assert together is not None
+    lost = []
+    for one in (graph, alone):
+        site = next(site for site in packed_sites(one) if f"{UP}.weight.indices" in site.tensors())
+        off = w - dense_value(one, site)
+        lost.append(float((off @ together * off).sum()))
+    assert lost[0] < 0.9 * lost[1]
+
+
+def test_a_plan_has_room_for_it() -> None:
+    graph = capture(model().config)
+    apply(TOGETHER, graph)
+    assert graph.shape(f"{UP}.weight_covariance") == (64, 64)
+    apply(PACKED, graph)
+    assert f"{UP}.weight_covariance" not in graph.tensors()
+
+
+def test_who_has_no_use_for_it_says_so() -> None:
+    graph = capture(model())
+    apply(TOGETHER, graph)
+    start, fix = (
+        f"calibrate measured the covariance of what reads {UP}.weight, and ",
+        "take covariance out of this calibrate",
+    )
+    latent = LutOptions(bits=2, rank=2, group=16, form="latent", symmetric=True, train="weights")
+    for step, why in (
+        (QuantizeBase(scheme="nf4"), "nf4 rounds each value to its nearest, as bitsandbytes does"),
+        (QuantizeBase(scheme="lut", lut=latent), "a latent weight is rounded to the nearest at every step"),
+        (QuantizeBase(scheme="int4", form="latent"), "a latent weight is rounded to the nearest at every step"),
+        (TernarySte(scale="least-squares"), "ternary weights are rounded by their thresholds at every step"),
+    ):
+        (error,) = [error for error in step.check(graph) if error.site == UP]
+        assert (error.what, error.fix) == (start + why, fix)
+
+
+def test_a_merge_that_finds_the_nearest_levels_has_no_use_for_it() -> None:
+    graph = capture(model())
+    apply(PACKED, graph)
+    apply(AddLora(rank=2), graph)
+    apply(TOGETHER, graph)
+    (error,) = [error for error in MergeLora(into="requantized").check(graph) if error.site == UP]
+    assert error.what.endswith("and merge-lora finds the nearest levels")

@@ -75,7 +75,7 @@ def test_without_chunks_it_is_the_decoder_to_the_bit() -> None:
     assert torch.equal(run(joint(), input_ids=tokens(), memory_ids=ids[:, :0]), whole)
 
 
-def test_gradients_pass_into_the_encoder_and_are_zero_while_a_tanh_gate_is_closed() -> None:
+def test_gradients_pass_into_the_encoder() -> None:
     ids, mask = chunks()
     graph = joint()
     graph(input_ids=tokens(), memory_ids=ids, memory_attention=mask).pow(2).sum().backward()
@@ -112,6 +112,31 @@ def test_an_encoder_may_look_both_ways() -> None:
         assert bool(early.abs().max() > 1e-4) == moves
 
 
+@pytest.mark.parametrize("width", [20, 40])
+def test_an_encoder_of_another_width_is_projected(width: int) -> None:
+    inner, encoder = qwen(), as_encoder(qwen())
+    apply(InsertGca(layers=(0,), width=width), inner)
+    before = str(encoder)
+    graph, report = link(AttachMemory(), {"encoder": encoder, "decoder": inner})
+    assert str(encoder) == before, "the graph that was given stays as it is"
+    assert report.figures["bridge"] == f"32 to {width}"
+    assert "encoder.memory = linear(encoder.model.norm, encoder.memory/cast)" in str(graph)
+    weight = graph.tensor("encoder.memory.weight")
+    assert torch.equal(weight, torch.eye(width, 32))
+    info = graph.info("encoder.memory.weight")
+    assert (info.group, info.trainable, info.pinned) == ("encoder.memory", True, True)
+    ids, mask = chunks()
+    given = {"input_ids": tokens(), "memory_ids": ids, "memory_attention": mask}
+    states = run(as_encoder(qwen()), input_ids=ids[0, 1][None])
+    cut = torch.nn.functional.pad(states, (0, width - 32))
+    alone = run(inner, input_ids=tokens()[:1], memory=cut)
+    found = run(graph, input_ids=tokens()[:1], memory_ids=ids[:1, 1:], memory_attention=mask[:1, 1:])
+    assert (found - alone).abs().max() <= 1e-5
+    graph(**given).pow(2).sum().backward()
+    moved = dict(graph.module.named_parameters())["encoder.memory.weight"].grad
+    assert moved is not None and float(moved.norm()) > 0
+
+
 def _refusal(encoder: Graph, inner: Graph, step: AttachMemory | None = None) -> str:
     with pytest.raises(QcError) as caught:
         link(step or AttachMemory(), {"encoder": encoder, "decoder": inner})
@@ -126,7 +151,7 @@ def test_graphs_that_do_not_go_together_are_refused() -> None:
         "the encoder is a graph of kind causal-lm, and gives no states\n"
         "  fix    give the model kind: encoder under models:"
     )
-    assert _refusal(as_encoder(qwen()), narrow) == (
+    assert _refusal(as_encoder(qwen()), narrow, AttachMemory(bridge=False)) == (
         "the encoder gives states of width 32, and the decoder reads a memory of width 20\n"
         "  fix    set width: 32 in insert-gca, or add insert-kv-projection with width: 20"
     )

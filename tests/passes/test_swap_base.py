@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graph import Graph, QcError, Selector, capture
+from graph.artifact import save
 from graph.encoder import as_encoder
 from graph.formats import packed_sites
 from graph.lora_sets import updates
@@ -32,9 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Graph:
     """A joint graph over 8-bit bases whose LoRA says something."""
+    return _joint(folder, QuantizeBase(scheme="int8"))
+
+
+def _joint(folder: Path, pack: QuantizeBase) -> Graph:
     graphs = {"encoder": as_encoder(capture(str(folder)).materialize()), "decoder": capture(str(folder)).materialize()}
     for graph in graphs.values():
-        apply(QuantizeBase(scheme="int8"), graph)
+        apply(pack, graph)
     apply(AddLora(rank=2, select=Selector(role="attn.*")), graphs["encoder"])
     apply(InsertGca(layers=(0, 1)), graphs["decoder"])
     graph, _ = link(AttachMemory(), graphs)
@@ -69,6 +74,29 @@ def test_dequantized_weights_compute_what_was_trained_and_lora_merges_into_them(
     merged = logits(joint)
     assert (merged - before).abs().max() <= 1e-4
     assert float((merged.argmax(-1) == before.argmax(-1)).float().mean()) >= 0.995
+
+
+def test_over_nf4_in_bf16_the_merged_model_says_what_the_trained_one_says(folder: Path, tmp_path: Path) -> None:
+    graph = _joint(folder, QuantizeBase(scheme="nf4", block=32, double_quant=True))
+    exact, trained = logits(graph), {name for name, info in graph.tensors().items() if info.trainable}
+    before = logits(graph.copy().to(torch.bfloat16)).float()
+    apply(SwapBase(), graph)
+    report = apply(MergeLora(), graph)
+    assert set(report.changed) == {
+        site.name for site in graph.sites("aten.linear") if _is_encoders_attention(site.name)
+    }
+    left = {name for name, info in graph.tensors().items() if info.trainable}
+    assert {name for name in trained if "lora" not in name} == left, "every trained tensor is there, or merged"
+    again = save(tmp_path / "merged", graph).graph.materialize()
+    assert again.tensors().keys() == graph.tensors().keys()
+    merged = logits(again.to(torch.bfloat16)).float()
+    assert float((merged.argmax(-1) == before.argmax(-1)).float().mean()) >= 0.995
+    assert float((merged - before).norm() / before.norm()) <= 1e-2
+    assert (logits(graph) - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def _is_encoders_attention(name: str) -> bool:
+    return name.startswith("encoder.") and ".self_attn." in name
 
 
 def test_full_weights_are_those_of_the_models_to_the_bit(joint: Graph, folder: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from graph import QcError, Selector, capture, capture_module
 from graph.formats import dense_value, packed_sites
@@ -87,13 +87,19 @@ def test_norms_biases_embedding_and_head_stay_to_the_bit() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=False,
+        attention_bias=True,
     )
-    graph = capture(config)
+    torch.manual_seed(0)
+    graph = capture(Qwen3ForCausalLM(config))
+    before = {name: graph.tensor(name).detach().clone() for name in graph.tensors()}
     report = apply(TernarySte(), graph)
     layers = [name for name in graph.tensors() if name.endswith(".latent")]
     assert len(layers) == 7 and all("_proj.weight" in name for name in layers)
     assert report.figures["kept"] == "model.embed_tokens.weight, lm_head.weight"
-    assert not any(name.endswith(".latent") for name in graph.tensors() if "norm" in name or "embed" in name)
+    stay = before.keys() - {name.removesuffix(".latent") for name in layers}
+    assert {"model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_norm.weight"} < stay
+    assert "model.layers.0.self_attn.q_proj.bias" in stay
+    assert all(torch.equal(graph.tensor(name), before[name]) for name in stay)
 
 
 @pytest.mark.parametrize(

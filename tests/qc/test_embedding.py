@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import qc
+from graph import QcError
+from qc.assessing import assess_artifact
+from qc.evaluating import evaluate_artifact
+from qc.judging import judge_artifact
+from runtimes.assess_settings import Assess
 from tests.runtimes.train.tiny import corpus
 
 RECIPE = """
@@ -51,3 +58,21 @@ def test_an_encoder_is_compiled_trained_and_held_to_its_gates(tmp_path: Path) ->
     assert 0 < compiled < trained < 1
     assert "perplexity" not in steps["trained"]
     assert steps["start"]["bits_per_weight"] == pytest.approx(32, rel=0.1)
+    looked_at(Path(str(steps["trained"]["folder"])), steps["trained"])
+
+
+def looked_at(artifact: Path, trained: Mapping[str, Any]) -> None:
+    """By the commands for artifacts: those that need text of tokens say so."""
+    said: dict[str, Any] = {"batches": 1, "batch": 4, "length": 32, "runs": artifact.parent}
+    evaluated = evaluate_artifact(artifact, None, None, **said)
+    assert evaluated["embedding/cosine"] == pytest.approx(trained["embedding/cosine"], abs=1e-6)
+    judged = judge_artifact(artifact, None, **said)
+    assert judged["embedding/spearman"] == pytest.approx(trained["embedding/spearman"], abs=1e-6)
+    assert judged["text"].splitlines()[-3].startswith(f"vectors have a cosine of {trained['embedding/cosine']:.3f}")
+    assert judged["text"].endswith(f"wrote {artifact.parent / 'quality'}")
+    with pytest.raises(QcError) as caught:
+        assess_artifact(artifact, None, Assess(batches=4, batch=4, length=32), artifact.parent)
+    assert str(caught.value) == (
+        "an encoder predicts no tokens, so no text is hard for it\n"
+        "  fix    assess a language model; qc quality compares the vectors of an encoder"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graph import QcError
 from qc.runs import Run
 from qc.training import spare_stage
 from recipes.load import draft
@@ -46,11 +47,27 @@ def test_beyond_the_limit_or_without_one_it_is_trained(tmp_path: Path, when: str
     assert told == (["tune: perplexity grew by 6.00%, more than 5.00%"] if when else [])
 
 
+def test_several_models_have_no_perplexity_to_compare_with(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.measure("tune/compiled", perplexity=20.0)
+    with pytest.raises(QcError) as caught:
+        spare_stage(run, stage("perplexity_increase > 5 %"), tmp_path / "tune/compiled", lambda _: None)
+    assert str(caught.value) == (
+        "tune: train.when compares with the model as it came, and the recipe begins with several\n"
+        "  fix    set when to null"
+    )
+
+
 @pytest.mark.parametrize(
     ("when", "evaluate", "what"),
     [
         ("perplexity > 5", "evaluate: {metrics: [perplexity]}\n", "train.when cannot be 'perplexity > 5'"),
         ("perplexity_increase > 5 %", "", "train.when asks for a perplexity, and nothing here measures it"),
+        (
+            "perplexity_increase > 5 %",
+            "evaluate: {metrics: [embedding]}\n",
+            "train.when asks for a perplexity, and evaluate compares vectors",
+        ),
     ],
 )
 def test_a_condition_that_nobody_can_judge_is_a_mistake(tmp_path: Path, when: str, evaluate: str, what: str) -> None:

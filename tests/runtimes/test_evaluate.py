@@ -202,7 +202,7 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (lambda: evaluate(graph(), rows, metrics=wrong), "no metric is called 'perplexityy'\n  fix    use some of perplexity, kl, top1"),
         (lambda: evaluate(graph(), rows, metrics=()), "no metric is asked for\n  fix    use some of perplexity, kl, top1"),
         (lambda: evaluate(graph(), rows, metrics=("kl",)), "kl compares with a reference, and there is none\n  fix    give a reference, or leave it out"),
-        (lambda: evaluate(encoder, rows), "an encoder predicts no tokens, so it has no perplexity\n  fix    evaluate a causal language model"),
+        (lambda: evaluate(encoder, rows), "an encoder predicts no tokens, so it has no perplexity\n  fix    ask for metrics: [embedding], and train with objective: embedding"),
         (lambda: evaluate(graph(), silent), "the data has nothing to measure\n  fix    give more held-out text, or longer rows"),
         (lambda: evaluate(graph(), rows, reference=narrower(), metrics=("kl",)), "the graph knows 99 tokens and the reference 50\n  fix    compare models of one vocabulary"),
         (lambda: list(windows(documents(9), length=8, stride=8)), "windows of 8 tokens 8 apart leave tokens out\n  fix    give a stride from 1 to length - 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from graph import Graph, QcError, capture
 from graph.formats import format_of, packed_sites, packed_tensors, weight_name
 from graph.formats.ternary_file import Account
+from graph.moments import keep_moments
 from graph.probe import probe_inputs, run
 from graph.weights import read_header, tensor_sha256
 from passes.freeze_ternary import FreezeTernary
+from passes.keeping import Keep
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
 from runtimes.export import ABOUT
@@ -145,6 +148,21 @@ def test_the_record_says_what_is_ternary_how_much_of_it_is_zero_and_what_is_kept
     assert format_of(site).name == "ternary, one scale a row"
     assert "model.embed_tokens.weight" in said["kept"] and "model.norm.weight" in said["kept"]
     assert not set(said["kept"]) & set(said["weights"])
+
+
+def test_the_record_says_which_weights_were_weighed_and_what_packing_them_would_lose(tmp_path: Path) -> None:
+    graph = _captured("wide").copy()
+    for site in graph.sites("aten.linear"):
+        name = site.weight()
+        if name is not None and site.block is not None:
+            keep_moments(graph, name, site, torch.ones(graph.shape(name)[1]))
+    report = apply(TernarySte(tau=0.7, scale="least-squares", keep=Keep(share=0.2)), graph, check=False)
+    apply(FreezeTernary(), graph, check=False)
+    export(graph, tmp_path / "out", about={"reports": [{"pass": "ternary-ste", **asdict(report)}]})
+    said = record(tmp_path / "out")
+    assert said["weighed"] == {one.weight: {"output_error": one.error, "kept": one.kept} for one in report.weighed}
+    stay = {name for name, entry in said["weighed"].items() if entry["kept"]}
+    assert stay and stay < set(said["kept"]) and not stay & set(said["weights"])
 
 
 # -- what must fail -------------------------------------------------------------------------------------------------

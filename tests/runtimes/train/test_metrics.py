@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from graph import QcError
-from runtimes.settings import TextFiles
+from runtimes.settings import Kd, TextFiles
 from runtimes.train import metrics, plot, progress
 from runtimes.train.metrics import Metrics, read
 from tests.runtimes.train.tiny import corpus, run, settings, tiny_graph
@@ -78,6 +78,17 @@ def test_without_matplotlib_there_is_a_note_and_no_plot(
         "no loss.png: matplotlib is not installed; pip install 'qc-compiler[plots]'"
     )
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_picture_of_a_distillation_says_that_held_out_text_is_measured_by_itself(
+    tmp_path: Path, data: TextFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(plot, "draw", lambda rows, path, title, heldout: labels.append(heldout))
+    run(tiny_graph(), settings(data, steps=1, plot=True), tmp_path / "text")
+    taught = settings(data, steps=1, plot=True, objective=Kd())
+    run(tiny_graph(), taught, tmp_path / "taught", teacher=tiny_graph("nothing"))
+    assert labels == ["held-out text", "held-out text: the next token"]
 
 
 def test_lines_say_what_is_evaluated_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,13 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, float]:
     apply(HandOff(), graph, check=False)
     apply(SetTrainable(groups={"weights": Selector(name=("*",))}), graph, check=False)
     found["handed over"] = loss(graph, folder / "handed", data)
+    naive = model.copy()
+    for name in naive.tensors():
+        naive.set_tensor(name, naive.tensor(name).detach().clone())
+        naive.set_info(name, trainable=False, group=None) if naive.info(name).trainable else None
+    apply(TernarySte(tau=0.1), naive, check=False)
+    found["compiled by the mean"] = loss(naive, folder / "by the mean", data)
+    found["recovered by the mean"] = trained(naive, folder / "mean", data, 200, 5e-3, objective=Kd(), teacher=model)
     again = {"stored": {"start": "stored"}, "least-squares": RULE | {"start": "plain"}, "naive": {"start": "plain"}}
     found["floats"] = trained(graph, folder / "floats", data, 100, 1e-3)
     for name, options in again.items():
@@ -84,6 +91,11 @@ def test_training_recovers_most_of_what_rounding_cost(losses: Mapping[str, float
     assert math.exp(losses["recovered"] - losses["control"]) <= 1.15, losses
     cost = losses["compiled"] - losses["full"]
     assert cost > 0.1 and losses["recovered"] - losses["full"] <= 0.1 * cost, losses
+
+
+def test_with_scales_of_mean_magnitude_it_halves_the_perplexity_of_rounding_alone(losses: Mapping[str, float]) -> None:
+    assert math.exp(losses["recovered by the mean"] - losses["full"]) <= 1.2, losses
+    assert math.exp(losses["recovered by the mean"] - losses["compiled by the mean"]) <= 0.5, losses
 
 
 def test_packing_and_handing_over_change_nothing(losses: Mapping[str, float]) -> None:

@@ -276,7 +276,7 @@ def test_only_a_language_model_with_weights_can_be_trained(tmp_path: Path, data:
         run(encoder, settings(data), tmp_path)
     assert str(caught.value) == (
         "this graph is of kind encoder; causal-lm and kd train causal language models\n"
-        "  fix    capture the model with kind='causal-lm'"
+        "  fix    train with objective: embedding"
     )
 
 
