@@ -42,6 +42,16 @@ def bind_packed(graph: Graph, checkpoint: Checkpoint, model: Any, weights: bool)
     return graph
 
 
+def apart(graph: Graph) -> Graph:
+    """Another graph of the same nodes, over parameters of its own: what trains in one does not in the other."""
+    twin = graph.copy()
+    for name, info in twin.tensors().items():
+        if info.kind == "parameter":
+            value = twin._value(name).detach()
+            twin._register(name, torch.empty_like(value) if value.is_meta else value.clone())
+    return twin
+
+
 def fill_in_computed(graph: Graph, model: Any) -> Graph:
     """Compute the buffers that no checkpoint holds by the model's own initialisation, in fp32 unless integers."""
     for path, module in model.named_modules():

@@ -91,7 +91,8 @@ class Graph:
         blocks: int = 0,
     ):
         assert tensors.keys() == infos.keys(), "every tensor has its info"
-        self.module = fx.GraphModule({n: t for n, t in tensors.items() if n in _read(nodes)}, nodes)
+        read = _read(nodes)
+        self.module = fx.GraphModule({n: t for n, t in tensors.items() if n in read}, nodes)
         self._infos = dict(infos)
         for name, value in tensors.items():
             self._register(name, value)
@@ -230,7 +231,7 @@ class Graph:
 
     def remove_tensor(self, name: str) -> None:
         """Take a tensor away; nothing may read it any more."""
-        assert name not in _read(self.module.graph), f"{name} still has a reader"
+        assert not self.module.graph.find_nodes(op="get_attr", target=name), f"{name} still has a reader"
         owner, leaf = self._owner(name)
         delattr(owner, leaf)
         del self._infos[name]

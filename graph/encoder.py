@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -30,6 +30,13 @@ def as_encoder(graph: Graph) -> Graph:
         graph.remove_tensor(name)
     graph.verify()
     return graph
+
+
+def has_encoder_alone(config: Any) -> bool:
+    """Whether the architecture is of encoder and decoder, and transformers has its encoder by itself, as of T5."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as ALONE
+
+    return str(ALONE.get(config.model_type, "")).endswith("EncoderModel")
 
 
 def set_attention(graph: Graph, attention: Attention) -> Graph:

@@ -19,7 +19,6 @@ from graph.formats import (
     Ternary,
     dense_value,
     format_of,
-    packed_sites,
     packed_tensors,
     rounded,
     store_dense,
@@ -29,6 +28,7 @@ from graph.formats import (
 from graph.formats.format import chunks, unpack
 from graph.formats.lut_refit import refitted
 from graph.formats.repack import repack
+from graph.formats.stored import DEQUANTIZE
 from graph.lora_base import base_weight, fingerprint, has_values, in_out, weight_tensors
 from graph.lora_sets import Update, updates
 from graph.moments import take_moments, unused_covariance
@@ -104,8 +104,8 @@ def stored_weight(site: Site) -> str | Site:
         (node,) = node.all_input_nodes
     if node.op == "get_attr":
         return str(node.target)
-    packed = next((p for p in packed_sites(site.graph) if p.node is node), None)
-    if packed is None:
+    packed = Site(site.graph, node)
+    if node.op != "call_function" or packed.op not in DEQUANTIZE:
         raise QcError(
             f"the weight of {site.name} is computed by {op_name(node.target)}, not stored",
             fix="merge before the pass that computes it",
@@ -118,9 +118,11 @@ def obstacles(graph: Graph, found: Sequence[Update], into: Into, base: str | Non
     """Why these updates cannot be merged; shapes and structure only."""
     errors, merging = [], {update.a for update in found}
     weights = {update.site.name: stored_weight(update.site) for update in found}
+    there, readers = updates(graph), _readers(graph)
     for update in found:
         site, weight = update.site, weights[update.site.name]
-        others = _other_readers(graph, site)
+        mine = [name for tensor in weight_tensors(graph, site) for name in readers[tensor]]
+        others = [name for name in dict.fromkeys(mine) if name != site.name]
         if others:
             what = f"{site.name} shares its weight with {others[0]}, which has no such update"
             errors.append(QcError(what, fix=f"leave {site.name} out of add-lora's select", site=site.name))
@@ -138,9 +140,7 @@ def obstacles(graph: Graph, found: Sequence[Update], into: Into, base: str | Non
         if unused is not None:
             unused.site = site.name
             errors.append(unused)
-        left = [
-            u for u in updates(graph) if u.site.name == site.name and u.a not in merging and u.magnitude is not None
-        ]
+        left = [u for u in there if u.site.name == site.name and u.a not in merging and u.magnitude is not None]
         if left:
             what = f"set {left[0].set!r} is DoRA's and scales the weight that {update.set!r} would change"
             errors.append(QcError(what, fix=f"merge set {left[0].set!r} too", site=site.name))
@@ -158,11 +158,13 @@ def obstacles(graph: Graph, found: Sequence[Update], into: Into, base: str | Non
     return errors
 
 
-def _other_readers(graph: Graph, site: Site) -> list[str]:
-    mine = set(weight_tensors(graph, site))
-    return [
-        s.name for s in graph.sites("aten.linear", "aten.embedding") if s.name != site.name and mine & set(s.tensors())
-    ]
+def _readers(graph: Graph) -> dict[str, list[str]]:
+    """The linears and embeddings that read each tensor, in order."""
+    found: dict[str, list[str]] = {}
+    for site in graph.sites("aten.linear", "aten.embedding"):
+        for tensor in site.tensors():
+            found.setdefault(tensor, []).append(site.name)
+    return found
 
 
 def changed_base(graph: Graph, found: Sequence[Update]) -> list[QcError]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ def op(function: F) -> F:
 def op_name(target: Any) -> str:
     """``aten.linear.default`` -> ``aten.linear``; other overloads stay: ``aten.add.Tensor``; ours: ``qc.rms_norm``."""
     if isinstance(target, OpOverload):
-        return str(target).removesuffix(".default")
+        return _overload_name(target)
     for table, prefix in ((OPS, "qc."), (_BUILTIN, "py.")):
         name = prefix + getattr(target, "__name__", "")
         if table.get(name) is target:
@@ -58,6 +59,11 @@ def op_name(target: Any) -> str:
         if function is target:
             return name
     raise AssertionError(f"{target} is not an op of the graph")
+
+
+@cache
+def _overload_name(target: OpOverload) -> str:
+    return str(target).removesuffix(".default")
 
 
 def find_op(name: str) -> Callable[..., Any] | None:

@@ -16,8 +16,10 @@ from graph.binding import bind_live, bind_packed, fill_in_computed
 from graph.canonical import clean
 from graph.checkpoint import open_checkpoint
 from graph.core import Graph, TensorInfo
+from graph.encoder import has_encoder_alone
 from graph.errors import QcError
 from graph.leaves import kept_whole, supports_hooks
+from graph.repeat import repeat, shorter
 from graph.shapes import HINTS
 from graph.sites import NORMS, Malformed, annotate
 
@@ -129,6 +131,33 @@ class _NumbersOnCpu(TorchFunctionMode):
 
 def _trace(config: Any, kind: Kind, canonical: bool) -> tuple[Graph, Any]:
     model = on_meta(config, kind, TRACE_DTYPE)
+    tensors, infos = _meta_tensors(model)
+    short = shorter(config, model)
+    exported = None if short is None else _exported(on_meta(short[0], kind, TRACE_DTYPE), kind, canonical)
+    if exported is None or short is None or not repeat(exported.graph, short[1], config.num_hidden_layers, tensors):
+        exported = _exported(model, kind, canonical)
+    _merge_tied(exported.graph, infos)
+    _adopt_constants(exported, tensors, infos)
+    if canonical:
+        _turn_upright(exported.graph, tensors, infos)
+    graph = Graph(
+        exported.graph,
+        tensors,
+        infos,
+        dtype=TRACE_DTYPE,
+        config=_plain(config),
+        kind=kind,
+        blocks=annotate(exported.graph),
+    )
+    _tag_tensors(graph)
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            graph.shapes.type_input(node, torch.long, ("B", "T"))
+    return graph, model
+
+
+def _exported(model: Any, kind: Kind, canonical: bool) -> fx.GraphModule:
+    """What torch.export makes of a model, cleaned up."""
     wrapped = _Wrapped(model, "logits" if kind == "causal-lm" else "last_hidden_state").eval()
     ids = torch.ones(HINTS, dtype=torch.long, device="meta")
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -151,25 +180,7 @@ def _trace(config: Any, kind: Kind, canonical: bool) -> tuple[Graph, Any]:
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     clean(exported, prefix="model.", trace_dtype=TRACE_DTYPE)
-    tensors, infos = _meta_tensors(model)
-    _merge_tied(exported.graph, infos)
-    _adopt_constants(exported, tensors, infos)
-    if canonical:
-        _turn_upright(exported.graph, tensors, infos)
-    graph = Graph(
-        exported.graph,
-        tensors,
-        infos,
-        dtype=TRACE_DTYPE,
-        config=_plain(config),
-        kind=kind,
-        blocks=annotate(exported.graph),
-    )
-    _tag_tensors(graph)
-    for node in graph.module.graph.nodes:
-        if node.op == "placeholder":
-            graph.shapes.type_input(node, torch.long, ("B", "T"))
-    return graph, model
+    return exported
 
 
 def _typed(graph: Graph, dtype: torch.dtype) -> Graph:
@@ -189,9 +200,11 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def on_meta(config: Any, kind: Kind, dtype: torch.dtype) -> Any:
     """The model of ``config`` without weights."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding
 
-    maker = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    maker: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+    if kind == "encoder" and has_encoder_alone(config):
+        maker = AutoModelForTextEncoding
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

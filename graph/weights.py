@@ -10,10 +10,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ _NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+AT_ONCE = 4
+"""Tensors that are made at the same time to be written, at most: they are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,9 @@ class Entry:
     dtype: torch.dtype
     load: Callable[[], Tensor]
 
+    made_with: str | None = None
+    """What comes of the same work has the same name here: one thread asks for all of it."""
+
     @property
     def bytes(self) -> int:
         return _bytes(self.shape, self.dtype)
@@ -238,12 +244,21 @@ def _write_one(path: Path, entries: list[Entry], digest: _Digest | None) -> None
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        for data in chain([struct.pack("<Q", len(text)) + text], map(_value_of, entries)):
+        for data in chain([struct.pack("<Q", len(text)) + text], _values(entries)):
             if digest is not None:
                 digest.update(data)
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _values(entries: list[Entry]) -> Iterator[Any]:
+    """The bytes of each, some tensors ahead of their turn: most are packed on the way out."""
+    from graph.formats.ahead import worked_ahead
+
+    together = (list(group) for _, group in groupby(entries, lambda entry: entry.made_with or entry.name))
+    made = worked_ahead(lambda group: [*map(_value_of, group)], together, min(torch.get_num_threads(), AT_ONCE))
+    return chain.from_iterable(made)
 
 
 def _value_of(entry: Entry) -> Any:

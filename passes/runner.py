@@ -26,7 +26,7 @@ def apply(
     """
     try:
         raise_all(list(step.check(graph)))
-        before = Snapshot.of(graph)
+        before = Snapshot.of(graph) if check else None
         report = step.run(graph)
     except QcError as error:
         for one in error.errors if isinstance(error, QcErrors) else (error,):
@@ -38,7 +38,7 @@ def apply(
         graph.verify()
     except (AssertionError, RuntimeError) as error:
         raise _broken(step, _failed(error, graph), line) from error
-    if check:
+    if before is not None:
         for breach in breaches(step, before, graph, report, batch, length):
             raise _broken(step, breach, line)
     return report

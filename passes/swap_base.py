@@ -81,7 +81,7 @@ class SwapBase(Pass):
             raise error
         sites = self._chosen(graph)
         stored = self._stored(graph, sites) if self.to == "full" else {}
-        readers = {s.name: [n for n in graph.sites("aten.linear") if weight_name(s) in _dense(n)] for s in sites}
+        readers = _readers(graph, sites)
         moved = 0.0
         for site in sites:
             value = self._value(graph, site, stored.get(site.name))
@@ -126,6 +126,15 @@ class SwapBase(Pass):
             fix = "set base to the checkpoint that was quantized, or force_base to true if you know better"
             raise QcError(f"{told}: {same:.0%} of the {what} agree", fix=fix, site=site.name)
         return rounded(weight, site.value.dtype, weight_name(site))
+
+
+def _readers(graph: Graph, sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The linears that read what each of ``sites`` unpacks, by its name."""
+    linears: dict[str, list[Site]] = {}
+    for linear in graph.sites("aten.linear"):
+        for weight in _dense(linear):
+            linears.setdefault(weight, []).append(linear)
+    return {site.name: linears.get(weight_name(site), []) for site in sites}
 
 
 def _packed(folder: str) -> Iterator[QcError]:

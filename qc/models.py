@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -56,25 +57,38 @@ def tokenizers(recipe: Recipe) -> tuple[Path, Path | None]:
 
 
 def capture_all(recipe: Recipe, *, plan: bool = False) -> dict[str, Any]:
-    """The graphs before the passes; without weights for a ``plan``."""
-    return {name: _captured(one, recipe.dtype, plan) for name, one in models_of(recipe).items()}
+    """The graphs before the passes; without weights for a ``plan``. What several models share is captured once."""
+    from graph.binding import apart
+
+    models, found = models_of(recipe), dict[str, Any]()
+    for one in models.values():
+        if one.model not in found:
+            found[one.model] = _captured(one.model, recipe.dtype, plan)
+    shared = [source for source, count in Counter(one.model for one in models.values()).items() if count > 1]
+    graphs = {name: apart(found[m.model]) if m.model in shared else found[m.model] for name, m in models.items()}
+    return {name: _as_asked(graphs[name], one) for name, one in models.items()}
 
 
-def _captured(model: Model, dtype: str, plan: bool) -> Any:
+def _captured(model: str, dtype: str, plan: bool) -> Any:
     import torch
 
     from graph import capture
     from graph.checkpoint import locate, read_config, weight_files
-    from graph.encoder import as_encoder, set_attention
 
-    source: Any = model.model
+    source: Any = model
     if plan:
-        folder = locate(model.model)
+        folder = locate(model)
         if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
             weight_files(folder)
         else:
             source = read_config(folder)
-    graph = capture(source, dtype=getattr(torch, DTYPES[dtype]), weights=not plan)
+    return capture(source, dtype=getattr(torch, DTYPES[dtype]), weights=not plan)
+
+
+def _as_asked(graph: Any, model: Model) -> Any:
+    """The graph of a model, as the recipe wants it: without a head where it encodes, and looking as it is told to."""
+    from graph.encoder import as_encoder, set_attention
+
     if model.kind == "causal-lm" and graph.kind != "causal-lm":
         raise QcError(f"{model.model} is no language model", fix="take kind: causal-lm out, or give another model")
     if model.kind == "encoder":

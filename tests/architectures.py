@@ -172,3 +172,10 @@ def config(name: str) -> Any:
     """The small configuration called ``name``."""
     cls, arguments = (CAUSAL | ENCODERS)[name]
     return getattr(transformers, cls)(**arguments)
+
+
+def maker(name: str) -> Any:
+    """The class of transformers that makes a model of the configuration ``name``, by ``from_config``."""
+    if name == "t5_encoder":
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModel

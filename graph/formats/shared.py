@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import fx
 
 from graph.core import Graph
+from graph.formats.ahead import worked_ahead
 from graph.formats.format import has_data
 from graph.formats.scales_of import magnitudes
 from graph.sites import Site
@@ -32,12 +32,14 @@ def fused_weights(sites: Mapping[str, Site]) -> list[list[str]]:
 def shared_largest(graph: Graph, sites: Mapping[str, Site]) -> dict[str, float]:
     """The largest magnitude in all weights of a group, for every weight in one; nothing of a plan.
 
-    One weight is read at a time.
+    One weight is read at a time by each thread.
     """
-    found: dict[str, float] = {}
-    for group in fused_weights(sites):
+
+    def largest_of(group: list[str]) -> tuple[list[str], float | None]:
         values = (graph.tensor(name).detach() for name in group)
-        largest = [magnitudes(w, w.shape[1]).amax() for w in values if has_data(w)]
-        if largest:
-            found |= dict.fromkeys(group, float(torch.stack(largest).amax()))
-    return found
+        largest = [float(magnitudes(w, w.shape[1]).amax()) for w in values if has_data(w)]
+        return group, max(largest, default=None)
+
+    threads = None if graph.device.type == "cpu" else 1
+    found = worked_ahead(largest_of, fused_weights(sites), threads)
+    return {name: largest for group, largest in found if largest is not None for name in group}

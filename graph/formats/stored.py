@@ -164,8 +164,8 @@ def store_packed(
     graph's own.
     """
     info = graph.info(name)
-    readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name]
-    first = next(n for n in graph.module.graph.nodes if any(arg in readers for arg in n.all_input_nodes))
+    readers = graph.module.graph.find_nodes(op="get_attr", target=name)
+    first = _first(graph, [user for reader in readers for user in reader.users])
     _stand_in(readers, f"{name}.{next(iter(packed))}")
     graph.remove_tensor(name)
     nodes = {}
@@ -202,9 +202,10 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
     follows = bool(tag(node, "model_dtype", False))
     aliases = tuple(map(_bare, info.aliases))
     sides = [side for side in site.tensors() if side.startswith(f"{name}.")]
-    unlink_fused(graph, name)
+    if f"{name}.latent" in sides:
+        unlink_fused(graph, name)
     reader, users = site.input(0), list(node.users)
-    reads = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target in sides]
+    reads = [n for side in sides for n in graph.module.graph.find_nodes(op="get_attr", target=side)]
     unread = [n for n in {*reads, *node.all_input_nodes} if n is not reader]
     node.replace_all_uses_with(reader)
     graph.module.graph.erase_node(node)
@@ -216,13 +217,19 @@ def store_dense(graph: Graph, site: Site, value: Tensor) -> str:
     dtype = site.value.dtype
     pinned = not (follows and value.dtype == dtype)
     dense = replace(info, kind="parameter", trainable=False, group=None, pinned=pinned, aliases=aliases)
-    first = next(n for n in graph.module.graph.nodes if n in users)
+    first = _first(graph, users)
     view = graph.add_tensor(name, value, before=first, info=dense)
     if value.dtype != dtype:
         view = graph.insert("aten.to.dtype", view, dtype, name=f"{name}/load", before=first, role=info.role)
         set_tag(view, model_dtype=follows)
     _replace(graph, [reader], view)
     return name
+
+
+def _first(graph: Graph, nodes: list[fx.Node]) -> fx.Node:
+    """The one of these that comes first."""
+    wanted = set(nodes)
+    return nodes[0] if len(wanted) == 1 else next(n for n in graph.module.graph.nodes if n in wanted)
 
 
 def _stand_in(readers: list[fx.Node], target: str) -> None:

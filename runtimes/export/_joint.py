@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 from graph import Graph, QcError
 from graph.dense import Dense, checkpoint_tensors
 from graph.joint import take_apart
+from graph.ops import op_name
 from graph.sites import Site, tag
 from graph.weights import Entry
 
@@ -55,7 +57,7 @@ class Parts:
             fix = "export the artifact itself, or train with insert-gca"
             yield QcError("there is no loader of staged cross-attention", fix=fix)
         for site in self._added():
-            if tag(site.input(0), "role") != "block_out":
+            if tag(_undisturbed(site.input(0)), "role") != "block_out":
                 what = f"{_layer(site)} has cross-attention inside, and a loader adds it behind the layer"
                 yield QcError(what, fix="train with point: block_out in insert-gca")
 
@@ -100,6 +102,13 @@ class _Loader:
 
 def _kept(graph: Graph, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if len(graph.shape(name)) == 1 else dtype
+
+
+def _undisturbed(node: fx.Node) -> fx.Node:
+    """A value before the noise of a training, of which there is none afterwards."""
+    while node.op == "call_function" and op_name(node.target) == "qc.degrade":
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _layer(added: Site) -> str:

@@ -176,7 +176,7 @@ class _Written:
         self.left = len(planned)
         for suffix, value in planned.items():
             take = partial(self._take, suffix)
-            yield Entry(f"{self.part.module}.{suffix}", tuple(value.shape), value.dtype, take)
+            yield Entry(f"{self.part.module}.{suffix}", tuple(value.shape), value.dtype, take, self.part.module)
 
     def _take(self, suffix: str) -> Tensor:
         if not self.made:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -114,6 +115,8 @@ class Counted:
     largest: float = 0.0
     largest_of: str = ""
     tensors: int = 0
+    lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+    """Threads count at the same time."""
 
     def entry(self, tensor: Dense) -> Entry:
         dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
@@ -121,20 +124,22 @@ class Counted:
 
     def cast(self, name: str, value: Tensor) -> Tensor:
         """``value`` in the export's dtype; a QcError where a number does not survive that."""
-        self.tensors += 1
-        self.numbers += value.numel()
+        with self.lock:
+            self.tensors += 1
+            self.numbers += value.numel()
         if not value.is_floating_point() or not value.numel():
             return value
         low, high = (t.item() for t in value.detach().aminmax())  # NaN comes through
         extreme = low if -low > high else high
         if not (torch.finfo(self.dtype).min <= low and high <= torch.finfo(self.dtype).max):
             raise self._beyond(name, value, extreme)
-        if abs(extreme) > self.largest:
-            self.largest, self.largest_of = abs(extreme), name
         cast = value.detach().to(self.dtype)
-        there = int(torch.count_nonzero(value))
-        self.nonzero += there
-        self.lost += there - int(torch.count_nonzero(cast))
+        there, left = int(torch.count_nonzero(value)), int(torch.count_nonzero(cast))
+        with self.lock:
+            self.nonzero += there
+            self.lost += there - left
+            if (abs(extreme), self.largest_of) > (self.largest, name):  # of two as large, the first by name
+                self.largest, self.largest_of = abs(extreme), name
         return cast
 
     def _beyond(self, name: str, value: Tensor, extreme: float) -> QcError:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
 
 from graph import Graph, QcError, capture
-from tests.architectures import CAUSAL, ENCODERS, REFUSED, config
+from tests.architectures import CAUSAL, ENCODERS, REFUSED, config, maker
 
 QUICK = ("qwen3", "gpt2", "gemma2", "mistral", "bert", "modernbert")
 EVERY = [
@@ -21,8 +20,7 @@ EVERY = [
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
-    maker = AutoModelForCausalLM if name in CAUSAL else AutoModel
-    model = maker.from_config(config(name)).eval()
+    model = maker(name).from_config(config(name)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms that start at 0 or 1 would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -7,7 +7,11 @@ import pickle
 import random
 import shutil
 import struct
+import threading
+import time
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from graph import QcError, capture
 from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
-from graph.weights import Entry, read_header, read_metadata, sha256, tensor_sha256, write
+from graph.weights import AT_ONCE, Entry, read_header, read_metadata, sha256, tensor_sha256, write
 from tests.graph.tiny import checkpoint, model, qwen
 
 FETCH = "fetch the file again, or point the recipe at an undamaged checkpoint"
@@ -117,18 +121,46 @@ def test_what_is_written_is_hashed_on_the_way(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
-    alive: list[str] = []
+def test_no_more_tensors_are_asked_for_than_threads_make_and_one(tmp_path: Path) -> None:
+    threads, most = min(torch.get_num_threads(), AT_ONCE), []
+    held: set[int] = set()
 
     def load(name: str) -> Tensor:
-        alive.append(name)
+        value = torch.full((4,), float(ord(name)))
+        held.add(id(value))
+        weakref.finalize(value, held.discard, id(value))
+        most.append(len(held))
+        return value
+
+    entries = [Entry(name, (4,), torch.float32, lambda name=name: load(name)) for name in "abcdefghijkl"]  # type: ignore[misc]
+    write(tmp_path, entries, stem="w")
+    assert max(most) <= threads + 2, "those in work, one that waits, and one that is being written"
+    assert {key: value[0].item() for key, value in load_file(tmp_path / "w.safetensors").items()} == {
+        name: ord(name) for name in "abcdefghijkl"
+    }
+
+
+def test_what_is_made_together_is_asked_for_by_one_thread_in_order(tmp_path: Path) -> None:
+    asked: dict[str, list[tuple[str, int]]] = {"a": [], "b": []}
+
+    def load(name: str) -> Tensor:
+        asked[name[0]].append((name, threading.get_ident()))
+        time.sleep(0.01)
         return torch.ones(4)
 
-    entries = [Entry(name, (4,), torch.float32, lambda name=name: load(name)) for name in "abc"]  # type: ignore[misc]
-    write(tmp_path, entries[:1], stem="w")
-    assert alive == ["a"]
-    write(tmp_path, entries, stem="v", max_shard=16)
-    assert alive == ["a", "a", "b", "c"]
+    names = ["a.codes", "a.scale", "a.zero", "b.codes", "b.scale"]
+    entries = [Entry(name, (4,), torch.float32, partial(load, name), name[0]) for name in reversed(names)]
+    write(tmp_path, entries, stem="w")
+    assert [[name for name, _ in of] for of in asked.values()] == [names[:3], names[3:]]
+    assert all(len({thread for _, thread in of}) == 1 for of in asked.values())
+
+
+def test_a_tensor_that_cannot_be_made_is_an_error_at_its_turn(tmp_path: Path) -> None:
+    def broken() -> Tensor:
+        raise QcError("b is broken", fix="mend it")
+
+    entries = [entry("a", torch.ones(4)), Entry("b", (4,), torch.float32, broken), entry("c", torch.ones(4))]
+    assert errors(lambda: write(tmp_path, entries, stem="w")).startswith("b is broken")
 
 
 @pytest.mark.parametrize(

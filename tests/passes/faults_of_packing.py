@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from graph import Graph, Selector, Site
+from graph import Graph, Selector
+from graph.apart import Parcel
 from graph.formats import Int8, make_format, store_packed
 from passes.base import Report
 from passes.dequantize import Dequantize
-from passes.quantize_base import Packing, QuantizeBase
+from passes.quantize_base import Chosen, QuantizeBase
 from passes.snap import Snap
 from tests.passes.sabotage import (
     DOWN,
@@ -125,14 +126,14 @@ def selected(graph: Graph) -> tuple[str, ...]:
     return tuple(site.name for site in graph.sites("aten.linear") if site.role.startswith(("attn", "mlp")))
 
 
-def all_but_one(self: QuantizeBase, graph: Graph, weight: str, site: Site, packing: Packing, figures: Any) -> None:
-    if site.name != V:
-        honest(self, graph, weight, site, packing, figures)
+def all_but_one(self: QuantizeBase, graph: Graph, one: Chosen, parcel: Parcel, figures: Any) -> None:
+    if one.site.name != V:
+        honest(self, graph, one, parcel, figures)
 
 
-def transposed(self: QuantizeBase, graph: Graph, weight: str, site: Site, packing: Packing, figures: Any) -> None:
-    w = packing.w
-    store_packed(graph, weight, FOUR_BIT, FOUR_BIT.pack(w.t().contiguous() if w.shape[0] == w.shape[1] else w))
+def transposed(self: QuantizeBase, graph: Graph, one: Chosen, parcel: Parcel, figures: Any) -> None:
+    w = graph.tensor(one.name)
+    store_packed(graph, one.name, FOUR_BIT, FOUR_BIT.pack(w.t().contiguous() if w.shape[0] == w.shape[1] else w))
 
 
 honest, STORE = QuantizeBase._store, "passes.quantize_base.QuantizeBase._store"

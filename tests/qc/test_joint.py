@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import qc
 from graph.artifact import load
 from graph.errors import QcError
 from qc.compiling import plan
+from qc.models import capture_all
 from recipes.load import load as load_recipe
 from tests.graph.tiny import checkpoint
 
@@ -98,3 +100,27 @@ stages:
     assert f"{name}.indices" in packed.tensors()
     apart = (full.tensor(name) - dequantized.tensor(name)).abs().max()
     assert 0 < apart < 0.02
+
+
+def test_a_model_that_is_named_twice_is_captured_once_and_trains_apart(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import graph as graphs
+
+    captured, capture = [], graphs.capture
+    monkeypatch.setattr("graph.capture", lambda *args, **options: captured.append(args) or capture(*args, **options))
+    for whole in (True, False):
+        captured.clear()
+        found = capture_all(load_recipe(recipe(tmp_path, model, JOIN)), plan=not whole)
+        assert len(captured) == 1
+        encoder, decoder = found["encoder"].materialize(), found["decoder"].materialize()
+        name = "model.layers.0.mlp.up_proj.weight"
+        encoder.set_info(name, trainable=True)
+        assert not decoder.info(name).trainable
+        encoder.verify()
+        decoder.verify()
+        if whole:
+            before = decoder.tensor(name).clone()
+            with torch.no_grad():
+                encoder.tensor(name).add_(1)
+            assert torch.equal(decoder.tensor(name), before)

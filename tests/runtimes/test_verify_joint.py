@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from graph import Graph, QcError
 from graph.encoder import as_encoder
 from passes.attach_memory import AttachMemory
+from passes.degrade import Degrade
 from passes.insert_gca import InsertGca
 from passes.insert_kv_projection import InsertKvProjection
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply, link
-from runtimes.export import ABOUT
+from runtimes.export import ABOUT, obstacles
 from runtimes.export._folder import sign
 from runtimes.export.safetensors import export
 from runtimes.verify import verify
@@ -43,6 +44,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "out"
     export(_made(False), out)
     return out
+
+
+def test_noise_of_a_training_is_in_nobodys_way(tmp_path: Path) -> None:
+    graph = joint_with_noise()
+    assert graph.sites("qc.degrade") and not obstacles("safetensors", graph, "fp16", {})
+    export(graph, tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "memory.json").read_text())["layers"]
+    assert list(layers) == ["model.layers.0", "model.layers.1"]
+
+
+def joint_with_noise() -> Graph:
+    encoder, decoder = as_encoder(qwen()), qwen()
+    apply(InsertGca(start=0, every_n=1), decoder, check=False)
+    apply(Degrade(), decoder, check=False)
+    return link(AttachMemory(max_tokens=9), {"encoder": encoder, "decoder": decoder}, check=False)[0]
 
 
 def test_two_models_are_written_and_what_is_between_them(exported: Path) -> None:
