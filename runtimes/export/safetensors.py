@@ -134,7 +134,7 @@ class Counted:
         cast = value.detach().to(self.dtype)
         there = int(torch.count_nonzero(value))
         self.nonzero += there
-        self.lost += there - int(torch.count_nonzero(cast))
+        self.lost += there - int(torch.count_nonzero(cast)) if value.dtype is not self.dtype else 0
         return cast
 
     def _beyond(self, name: str, value: Tensor, extreme: float) -> QcError:
