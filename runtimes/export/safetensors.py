@@ -134,7 +134,8 @@ class Counted:
         if not (torch.finfo(self.dtype).min <= low and high <= torch.finfo(self.dtype).max):
             raise self._beyond(name, value, extreme)
         cast = value.detach().to(self.dtype)
-        there, left = int(torch.count_nonzero(value)), int(torch.count_nonzero(cast))
+        there = int(torch.count_nonzero(value))
+        left = there if value.dtype is self.dtype else int(torch.count_nonzero(cast))
         with self.lock:
             self.nonzero += there
             self.lost += there - left
