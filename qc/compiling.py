@@ -240,7 +240,8 @@ def plan(recipe: Recipe, until: str | None = None, server: str | None = None) ->
             except QcError as error:
                 errors.append(error)
                 workshop = before
-        done[stage.name] = workshop.copy()
+        if any(later.start == stage.name for later in stages):
+            done[stage.name] = workshop.copy()
         if len(workshop.graphs) > 1 and errors:
             break  # what should have joined them is among the mistakes
         for wanted in stage.export:

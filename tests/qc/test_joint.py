@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,8 +108,14 @@ def test_a_model_that_is_named_twice_is_captured_once_and_trains_apart(
 ) -> None:
     import graph as graphs
 
-    captured, capture = [], graphs.capture
-    monkeypatch.setattr("graph.capture", lambda *args, **options: captured.append(args) or capture(*args, **options))
+    captured: list[Any] = []
+    capture = graphs.capture
+
+    def counted(model: Any, **options: Any) -> Any:
+        captured.append(model)
+        return capture(model, **options)
+
+    monkeypatch.setattr("graph.capture", counted)
     for whole in (True, False):
         captured.clear()
         found = capture_all(load_recipe(recipe(tmp_path, model, JOIN)), plan=not whole)

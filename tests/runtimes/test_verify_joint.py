@@ -22,9 +22,10 @@ from passes.runner import apply, link
 from runtimes.export import ABOUT, obstacles
 from runtimes.export._folder import sign
 from runtimes.export.safetensors import export
-from runtimes.verify import verify
+from runtimes.verify import joint_worker, verify
 from tests.graph.tiny import qwen
 from tests.passes.memories import joint
+from tests.runtimes.readers import read_here
 
 
 @cache
@@ -83,6 +84,13 @@ def test_an_export_computes_what_the_graph_computes(exported: Path) -> None:
     assert 45 < figures["rounded_db"] < figures["export/psnr_db"]
 
 
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the reader here: it takes seconds to import transformers anew. One test has a process of its own."""
+    read_here(monkeypatch, joint_worker, OSError, ValueError, RuntimeError, KeyError)
+
+
+@pytest.mark.usefixtures("same_process")
 def test_projections_behind_the_encoder_go_with_it(tmp_path: Path) -> None:
     export(_made(True), tmp_path / "out", dtype="fp32")
     assert "memory_key.weight" in load_file(tmp_path / "out" / "memory.safetensors")
@@ -90,6 +98,7 @@ def test_projections_behind_the_encoder_go_with_it(tmp_path: Path) -> None:
     assert found.passed, found.table()
 
 
+@pytest.mark.usefixtures("same_process")
 def test_a_gate_that_was_not_the_graphs_is_found(exported: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from passes.runner import apply, link
 from runtimes.settings import Group, Retrieval, Train
 from runtimes.train import Silent, TrainReport, train
 from tests.runtimes.data.byte_tokenizer import byte_tokenizer
+from tests.runtimes.train.launched import end_before
 from tests.runtimes.train.tiny import tiny_graph
 
 DATA = Retrieval(
@@ -33,19 +35,21 @@ GATES = {"sigmoid": GcaGate(), "tanh": GcaGate(function="tanh", init=0.0)}
 
 
 @cache
-def _made(gate: str) -> Graph:
+def _made(gate: str, dropout: float) -> Graph:
     graphs = {"encoder": as_encoder(tiny_graph("nothing")), "decoder": tiny_graph("nothing")}
     for graph in graphs.values():
         apply(QuantizeBase(scheme="nf4", block=32), graph, check=False)
-    apply(AddLora(set="encoder", rank=2, dropout=0.1, select=Selector(role="attn.*")), graphs["encoder"], check=False)
-    step = InsertGca(layers=(0, 1), gate=GATES[gate], output_dropout=0.1)
+    apply(
+        AddLora(set="encoder", rank=2, dropout=dropout, select=Selector(role="attn.*")), graphs["encoder"], check=False
+    )
+    step = InsertGca(layers=(0, 1), gate=GATES[gate], output_dropout=dropout)
     apply(step, graphs["decoder"], check=False)
     return link(AttachMemory(), graphs, check=False)[0]
 
 
-def joint_graph(gate: str = "sigmoid") -> Graph:
+def joint_graph(gate: str = "sigmoid", dropout: float = 0.1) -> Graph:
     """An encoder with LoRA and a decoder that reads its states, over NF4 bases; a graph and tensors of its own."""
-    graph = _made(gate).copy()
+    graph = _made(gate, dropout).copy()
     for name in graph.tensors():
         graph.set_tensor(name, graph.tensor(name).detach().clone())
     return graph
@@ -63,6 +67,15 @@ def run(graph: Graph, folder: Path, **changes: Any) -> TrainReport:
     return train(graph, settings(**changes), tokenizer=byte_tokenizer(), folder=folder, progress=Silent())
 
 
-if __name__ == "__main__":
+def main(folder: Path, batch: int, dropout: float, stop: int | None = None, **changes: Any) -> None:
+    """What each process of a launched training runs; with ``stop`` it ends where it would take that step."""
     torch.set_num_threads(1)
-    run(joint_graph(), Path(sys.argv[1]), batch=int(sys.argv[2]), **json.loads(sys.argv[3]))
+    if stop is not None:
+        end_before(stop)
+    report = run(joint_graph(dropout=dropout), folder, batch=batch, **changes)
+    if os.environ.get("RANK", "0") == "0":
+        (folder / "report.json").write_text(json.dumps({"resumed_from": report.resumed_from}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), **json.loads(sys.argv[3]))
