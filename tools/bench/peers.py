@@ -7,7 +7,7 @@ and zero points included; ours has read 16,384 tokens and rounds with feedback (
 trained: coremltools' DKM, torchao's QAT and ours on the same batches, against the same teacher (KL at temperature 2),
 AdamW at the same rate. All that embeddings and norms hold stays as it is. Perplexity is that of one and the same graph,
 whose weights are replaced by what each side's unpack to. A peer that is not installed is left out, and said to be. With
---write the table goes into docs/quality.md.
+--write the table goes into docs/quality.md; rows of peers that --only leaves out stay what they are there.
 
 Needs coremltools (qc's extra ane), hqq and torchao.
 """
@@ -267,13 +267,16 @@ def main() -> None:
             missing.append(name)
         else:
             PEERS[name](bench)
-    lines = ["| | bits per weight | perplexity | KL | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {r.name} | {r.bits:.3f} | {r.perplexity:.2f} | {r.kl:.4f} | {r.seconds:.0f} |" for r in bench.rows]
+    from tools.bench.tables import replace_table, table_rows
+
+    found = {
+        r.name: f"| {r.name} | {r.bits:.3f} | {r.perplexity:.2f} | {r.kl:.4f} | {r.seconds:.0f} |" for r in bench.rows
+    }
+    rows = found if len(said.only) == len(PEERS) else table_rows("peers") | found
+    lines = ["| | bits per weight | perplexity | KL | seconds |", "|---|---|---|---|---|", *rows.values()]
     lines += [f"\nNot installed, and left out: {', '.join(missing)}."] if missing else []
     print("\n".join(lines))
     if said.write:
-        from tools.bench.tables import replace_table
-
         replace_table("peers", "\n".join(lines))
 
 
