@@ -76,6 +76,7 @@ def test_check_says_what_onnx_does_not_take(line: str, what: str, fix: str, fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in shipped()])
-def test_every_shipped_recipe_can_be_exported_with_a_past(name: str) -> None:
+def test_every_shipped_recipe_of_one_model_can_be_exported_with_a_past(name: str) -> None:
     graph, errors = plan(load(name))
-    assert errors == [] and obstacles("onnx", graph, "fp16", {"kv": True}) == []
+    joint = ["the graph joins encoder and decoder, and onnx holds one model"] if name.startswith("awareness") else []
+    assert errors == [] and [error.what for error in obstacles("onnx", graph, "fp16", {"kv": True})] == joint
