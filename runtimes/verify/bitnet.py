@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graph import Graph
 from graph.probe import psnr_db
 from runtimes.verify.findings import Finding, hashes, read_about
@@ -18,6 +16,7 @@ from runtimes.verify.weights import (
     Verification,
     as_it_is,
     at_tokens,
+    loaded,
     probe_batches,
     read_export,
     texts_found,
@@ -35,14 +34,13 @@ def verify_bitnet(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout:
         return unread(files)
     probes = probe_batches(graph)
     read, facts = read_export(folder, graph, probes, timeout)
-    if not facts:
-        return unread((*files, Finding("transformers loads it", False, str(read))))
-    ours = at_tokens([as_it_is(graph, *probe) for probe in probes], probes)
-    theirs = at_tokens([value for value in read if isinstance(value, torch.Tensor)], probes)
+    before = (*files, loaded(read, facts))
+    if isinstance(read, str):
+        return unread(before)
+    ours, theirs = at_tokens([as_it_is(graph, *probe) for probe in probes], probes), at_tokens(read, probes)
     decibels, top1 = psnr_db(ours, theirs), float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     found = (
-        *files,
-        Finding("transformers loads it", True, str(facts["model"])),
+        *before,
         Finding("computes the same", decibels >= GOAL_DB, f"{decibels:.1f} dB PSNR of {GOAL_DB:g} dB"),
         Finding("likeliest tokens", top1 >= AGREEMENT, f"the same at {top1:.1%}, of {AGREEMENT:.0%}"),
         *texts_found(facts, graph.kind, tokenizer),

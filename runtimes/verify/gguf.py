@@ -30,6 +30,7 @@ from runtimes.verify.weights import (
     Verification,
     as_it_is,
     at_tokens,
+    loaded,
     probe_batches,
     read_export,
     texts_found,
@@ -53,12 +54,11 @@ def verify_gguf(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: f
         return unread(tuple(files))
     probes = probe_batches(graph)
     read, facts = read_export(folder, graph, probes, timeout, modules=[one.module for one in plan.packed])
-    if not facts:
-        return unread((*files, Finding("transformers loads it", False, str(read))))
-    loaded = Finding("transformers loads it", True, str(facts["model"]))
-    before = (*files, loaded, _weights(graph, plan, facts["weights"]))
-    theirs = at_tokens([value for value in read if isinstance(value, Tensor)], probes)
-    return _compared(before, graph, plan, theirs, probes, texts_found(facts, graph.kind, tokenizer))
+    files.append(loaded(read, facts))
+    if isinstance(read, str):
+        return unread(tuple(files))
+    before = (*files, _weights(graph, plan, facts["weights"]))
+    return _compared(before, graph, plan, at_tokens(read, probes), probes, texts_found(facts, graph.kind, tokenizer))
 
 
 def _tensors(file: Path, graph: Graph, plan: Plan) -> Finding:

@@ -13,7 +13,7 @@ from graph import Graph
 from graph.joint import take_apart
 from graph.probe import vocabulary
 from runtimes.verify.findings import Finding, exchanged, hashes, read_about
-from runtimes.verify.weights import DTYPES, Rounded, Verification, compared, texts_found, unread
+from runtimes.verify.weights import DTYPES, Rounded, Verification, compared, loaded, texts_found, unread
 
 
 def verify_joint(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> Verification:
@@ -27,13 +27,13 @@ def verify_joint(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: 
         return unread((files,))
     probe = probe_of(graph)
     logits, facts = _read(folder, probe, timeout)
-    if not isinstance(logits, Tensor):
-        return unread((files, Finding("transformers loads it", False, logits)))
-    loaded = Finding("transformers loads it", True, str(facts["model"]))
+    before = (files, loaded(logits, facts))
+    if isinstance(logits, str):
+        return unread(before)
     texts = texts_found(facts, "causal-lm", tokenizer)
     chunks = texts_found({"tokenizer": facts["encoder"]}, "encoder", None)
     texts += [replace(one, what=f"{one.what} of the encoder") for one in chunks]
-    return _compared((files, loaded), graph, probe, logits, about["dtype"], tuple(texts))
+    return _compared(before, graph, probe, logits, about["dtype"], tuple(texts))
 
 
 def probe_of(graph: Graph) -> dict[str, Tensor]:

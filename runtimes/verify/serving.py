@@ -33,6 +33,7 @@ from runtimes.verify.weights import (
     Verification,
     as_it_is,
     at_tokens,
+    loaded,
     probe_batches,
     read_export,
     texts_found,
@@ -64,11 +65,10 @@ def verify_serving(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout
     modules = [part.module for part in plan.parts]
     with readable(folder, settings.dialect) as view:
         read, facts = read_export(view, graph, probes, timeout, str(compute).removeprefix("torch."), modules)
-    if not facts:
-        return unread((*files, Finding("transformers loads it", False, str(read))))
-    weights = _weights(plan, facts["weights"], compute)
-    before = (*files, Finding("transformers loads it", True, str(facts["model"])), weights)
-    theirs = at_tokens([t for t in read if isinstance(t, Tensor)], probes)
+    found = (*files, loaded(read, facts))
+    if isinstance(read, str):
+        return unread(found)
+    before, theirs = (*found, _weights(plan, facts["weights"], compute)), at_tokens(read, probes)
     names = frozenset(part.name for part in plan.parts)
     rounded = Rounded(twin, dtype, compute, names)
     after = texts_found(facts, graph.kind, tokenizer)

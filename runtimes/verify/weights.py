@@ -82,11 +82,16 @@ def verify_weights(
         return unread(files)
     probes = probe_batches(graph) if probes is None else probes
     read, facts = read_export(folder, graph, probes, timeout)
-    if not facts:
-        return unread((*files, Finding("transformers loads it", False, str(read))))
-    loaded = Finding("transformers loads it", True, str(facts["model"]))
-    texts = texts_found(facts, graph.kind, tokenizer)
-    return _compared((*files, loaded), graph, probes, [t for t in read if isinstance(t, Tensor)], about["dtype"], texts)
+    before = (*files, loaded(read, facts))
+    if isinstance(read, str):
+        return unread(before)
+    return _compared(before, graph, probes, read, about["dtype"], texts_found(facts, graph.kind, tokenizer))
+
+
+def loaded(read: Any, facts: dict[str, Any]) -> Finding:
+    """Whether transformers loads an export: which model it is, or why not."""
+    failed = isinstance(read, str)
+    return Finding("transformers loads it", not failed, str(read if failed else facts["model"]))
 
 
 def unread(findings: tuple[Finding, ...]) -> Verification:
