@@ -16,6 +16,7 @@ import torch
 from graph import Graph, QcError, Site
 from graph.apart import Parcel, divided
 from graph.formats import Format, Lut, Scaled, Ternary, format_of, packed_sites
+from graph.formats.measured import pack_measured
 from graph.importance import Candidate, output_error, within
 from graph.moments import SUFFIX
 from passes.base import Weighed
@@ -185,7 +186,7 @@ def _errors(graph: Graph, chosen: Mapping[str, Site], form_for: FormFor) -> dict
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{name} holds NaN or infinity", fix=fix, site=site.name)
         form = form_for(site, tuple(w.shape))
-        packed = form.pack(w, moments) if isinstance(form, (Lut, Ternary)) else form.pack(w)
+        packed = pack_measured(form, w, moments)
         return Parcel(said=output_error(form, w, packed, moments))
 
     weights = ((name, prod(graph.shape(name))) for name in chosen)

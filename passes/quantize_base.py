@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from math import isfinite, prod
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -56,12 +56,11 @@ from graph.formats import (
     store_packed,
 )
 from graph.formats.lut_levels import derive_levels
+from graph.formats.measured import pack_measured
 from graph.moments import COVARIANCE, take_moments, unused_covariance
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 from passes.keeping import Keep, problems, weighed
 from passes.keeping import figures as importance
-
-Side: TypeAlias = "torch.Tensor | None"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALES = {"lut": "has scales of its own (lut.scale)"} | dict.fromkeys(("int4", "int8"), "has one scale a block")
@@ -262,7 +261,7 @@ class QuantizeBase(Pass):
         if not w.is_meta and not all(isfinite(end) for end in w.aminmax()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
-        packed = _packed(form, w, moments, covariance)
+        packed = pack_measured(form, w, moments, covariance)
         found = None if w.is_meta else fidelity(form, w, packed)
         nearest = found is None or found.faithful or covariance is not None
         assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
@@ -284,10 +283,3 @@ class QuantizeBase(Pass):
             for suffix, group in self.tables.trained().items():
                 if f"{weight}.{suffix}" in graph.tensors():
                     graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)
-
-
-def _packed(form: Format, w: torch.Tensor, moments: Side, covariance: Side) -> dict[str, torch.Tensor]:
-    """With what was measured of its inputs, for the formats that heed it."""
-    if isinstance(form, Lut):
-        return form.pack(w, moments, covariance)
-    return form.pack(w, covariance) if isinstance(form, Scaled) else form.pack(w)
