@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from graph import Graph
 from graph.artifact import load_tokenizer
-from graph.weights import sha256
-from runtimes.export import ABOUT
 from runtimes.mil import Package
 from runtimes.mil.program import Stored
 from runtimes.mil.proto import definitions
@@ -23,7 +20,7 @@ from runtimes.verify import packages_worker as worker
 from runtimes.verify import verify
 from runtimes.verify.probes import decoder_rows
 from tests.runtimes.coreml.exports import decoder_graph, encoder_graph, write
-from tests.runtimes.readers import read_here
+from tests.runtimes.readers import read_here, resigned
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -50,14 +47,6 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     read_here(monkeypatch, worker)
 
 
-def sign(export: Path) -> None:
-    """Make the hashes right again, so that what was changed is found by what it computes."""
-    about = json.loads((export / ABOUT).read_text())
-    for name, entry in about["files"].items():
-        entry["sha256"] = sha256(export / name)
-    (export / ABOUT).write_text(json.dumps(about))
-
-
 def edit(export: Path, part: str, change: Callable[[Any], None]) -> None:
     """Change every function of a part."""
     path = export / f"{part}.mlpackage" / MODEL
@@ -66,7 +55,7 @@ def edit(export: Path, part: str, change: Callable[[Any], None]) -> None:
     for function in spec.mlProgram.functions.values():
         change(function.block_specializations[function.opset].operations)
     path.write_bytes(spec.SerializeToString())
-    sign(export)
+    resigned(export)
 
 
 def op(operations: Any, kind: str, of: str = "", number: int = 0) -> Any:
@@ -138,7 +127,7 @@ def test_a_changed_file_is_found_by_its_hash(export: Path, graph: Graph) -> None
 def test_a_package_that_cannot_be_read_is_told(export: Path, graph: Graph) -> None:
     path = export / "chunk_1.mlpackage" / WEIGHTS
     path.write_bytes(path.read_bytes()[:2000])
-    sign(export)
+    resigned(export)
     found = verify(export, graph)
     assert [f.what for f in found.findings if not f.passed] == ["the interpreter reads it"]
     assert "ends behind the 2000 bytes of the file" in found.table()
@@ -267,7 +256,7 @@ def test_a_fault_in_weights_rotations_and_head_is_found(export: Path, graph: Gra
     path = export / "rope.safetensors"
     tables = load_file(path)
     save_file({name: -t if name == "sin" else t for name, t in tables.items()}, path)
-    sign(export)
+    resigned(export)
     assert "in fp32 arithmetic" in failing(export, graph)
     save_file(tables, path)
     path = export / "chunk_1.mlpackage" / WEIGHTS
@@ -281,7 +270,7 @@ def test_a_fault_in_weights_rotations_and_head_is_found(export: Path, graph: Gra
         whole[start + row : start + 2 * row], whole[start : start + row],
     )  # fmt: skip
     path.write_bytes(bytes(whole))
-    sign(export)
+    resigned(export)
     assert "in fp32 arithmetic" in failing(export, graph)
 
 

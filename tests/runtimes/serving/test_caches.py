@@ -17,8 +17,9 @@ from runtimes.export._serving import settings_of
 from runtimes.serving.caches import caches_of, largest_kept, round_kept
 from runtimes.serving.rules import refusals
 from runtimes.verify import verify
+from tests.runtimes.readers import resigned
 from tests.runtimes.serving.models import Case, exported, graph, same_process
-from tests.runtimes.serving.test_faults import configured, resigned, tensors, value
+from tests.runtimes.serving.test_faults import configured, tensors, value
 from tests.runtimes.serving.test_packed import stored
 
 __all__ = ["same_process"]

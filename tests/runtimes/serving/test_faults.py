@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graph.formats import Scaled
-from graph.weights import sha256
-from runtimes.export import ABOUT
 from runtimes.verify import verify
+from tests.runtimes.readers import resigned
 from tests.runtimes.serving.models import Case, exported, graph, same_process
 
 __all__ = ["same_process"]
@@ -37,14 +36,6 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
         return folder if folder.is_dir() else exported(folder, case)
 
     return made
-
-
-def resigned(folder: Path) -> None:
-    """The hashes of the files as they are: a fault of the exporter is signed too."""
-    about = json.loads((folder / ABOUT).read_text())
-    for name, entry in about["files"].items():
-        entry["sha256"] = sha256(folder / name)
-    (folder / ABOUT).write_text(json.dumps(about))
 
 
 def tensors(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
