@@ -6,7 +6,8 @@ python tools/awareness_quality.py [--recipe awareness] [--steps N] [--seed 0] [-
 The recipe as it is, with each way to deploy it; beside it the same over bases in full precision, with an encoder that
 is not trained, and with MiniLM as the encoder: the same questions in the same order. Gradient norms are means over the
 last tenth of the steps. The column of more chunks asks the same models among more than they were trained with.
-What was run before is taken from --runs. With --write the table goes into docs/retrieval.md.
+What was run before is taken from --runs. With --write the table goes into docs/retrieval.md;
+rows that --only leaves out stay what they are there.
 """
 
 from __future__ import annotations
@@ -182,9 +183,10 @@ def main() -> None:
     text = table([row for name in names for row in run_case(name, recipe.resolve(), sets, said.runs)])
     print(text)
     if said.write:
-        from tools.bench.tables import replace_table
+        from tools.bench.tables import replace_table, with_other_rows
 
-        replace_table("awareness", text, "retrieval.md")
+        page = "retrieval.md"
+        replace_table("awareness", with_other_rows("awareness", text, page) if said.only else text, page)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from runtimes.embeddings import pooled
 from runtimes.settings import PythonStdlib
 from tools.bench.turns import ROOT
 from tools.minilm import minilm
+from tools.ternary_quality import run_recipe
 
 BATCHES, BATCH, LENGTH = 16, 16, 64
 """Held-out batches, texts in each, and the most tokens of a text."""
@@ -50,16 +51,9 @@ class Row:
 
 def run_budget(steps: int, seed: int, runs: Path, overrides: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """Run the recipe, or take what was run before: the figures of its steps by name."""
-    from qc.api import run
-
     said = [f"model={minilm()}", f"seed={seed}", f"recover.train.steps={steps}", *overrides]
     said += [f"{stage}.evaluate.batches={BATCHES}" for stage in ("recover", "quantized")]
-    print(f"ternary_encoder {' '.join(said)}", file=sys.stderr, flush=True)
-    return {str(one["step"]): one for one in run(ROOT / "tools/ternary_encoder.yaml", set=said, runs=runs, tell=_tell)}
-
-
-def _tell(message: str) -> None:
-    print(f"    {message}", file=sys.stderr, flush=True)
+    return run_recipe(ROOT / "tools/ternary_encoder.yaml", said, runs)
 
 
 def heldout_texts(runs: Path) -> Tensor:

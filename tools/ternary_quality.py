@@ -50,8 +50,8 @@ def run_budget(steps: int, seed: int, runs: Path, overrides: Sequence[str]) -> B
     common = [f"seed={seed}"]
     said = [*common, f"recover.train.steps={steps}", "recover.train.when=", *overrides]
     said += [f"{stage}.evaluate.batches={BATCHES}" for stage in ("recover", "quantized")]
-    ternary = _run(ROOT / "recipes/ternary.yaml", said, runs)
-    control = _run(
+    ternary = run_recipe(ROOT / "recipes/ternary.yaml", said, runs)
+    control = run_recipe(
         ROOT / "tools/ternary_control.yaml", [*common, f"train.steps={steps}", f"evaluate.batches={BATCHES}"], runs
     )
     exported = ternary["quantized/export ternary fp16"]
@@ -66,7 +66,8 @@ def run_budget(steps: int, seed: int, runs: Path, overrides: Sequence[str]) -> B
     )
 
 
-def _run(recipe: Path, said: Sequence[str], runs: Path) -> dict[str, Any]:
+def run_recipe(recipe: Path, said: Sequence[str], runs: Path) -> dict[str, Any]:
+    """Run it, or take what was run before: the figures of its steps by name."""
     from qc.api import run
 
     print(f"{recipe.stem} {' '.join(said)}", file=sys.stderr, flush=True)

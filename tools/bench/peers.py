@@ -267,17 +267,15 @@ def main() -> None:
             missing.append(name)
         else:
             PEERS[name](bench)
-    from tools.bench.tables import replace_table, table_rows
-
-    found = {
-        r.name: f"| {r.name} | {r.bits:.3f} | {r.perplexity:.2f} | {r.kl:.4f} | {r.seconds:.0f} |" for r in bench.rows
-    }
-    rows = found if len(said.only) == len(PEERS) else table_rows("peers") | found
-    lines = ["| | bits per weight | perplexity | KL | seconds |", "|---|---|---|---|---|", *rows.values()]
+    lines = ["| | bits per weight | perplexity | KL | seconds |", "|---|---|---|---|---|"]
+    lines += [f"| {r.name} | {r.bits:.3f} | {r.perplexity:.2f} | {r.kl:.4f} | {r.seconds:.0f} |" for r in bench.rows]
     lines += [f"\nNot installed, and left out: {', '.join(missing)}."] if missing else []
-    print("\n".join(lines))
+    text = "\n".join(lines)
+    print(text)
     if said.write:
-        replace_table("peers", "\n".join(lines))
+        from tools.bench.tables import replace_table, with_other_rows
+
+        replace_table("peers", text if len(said.only) == len(PEERS) else with_other_rows("peers", text))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,15 @@ def replace_table(name: str, text: str, page: str = "quality.md") -> None:
     path.write_text(f"{head}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
-def table_rows(name: str, page: str = "quality.md") -> dict[str, str]:
-    """The rows of a table that is there, by what their first column says."""
+def with_other_rows(name: str, text: str, page: str = "quality.md") -> str:
+    """``text``, of a part that was run again, with the rows of the table that is there for what it does not have."""
     _, _, rest = (DOCS / page).read_text().partition(f"<!-- table: {name} -->")
-    lines = [line for line in rest.partition(END)[0].splitlines() if line.startswith("| ")]
-    return {line.split("|")[1].strip(): line for line in lines[1:]}
+    lines = text.splitlines()
+    rows = _rows(lines)
+    merged = _rows(rest.partition(END)[0].splitlines()) | rows
+    return "\n".join([*lines[:2], *merged.values(), *lines[2 + len(rows) :]])
+
+
+def _rows(lines: list[str]) -> dict[str, str]:
+    """The rows of a table by what their first column says, without the line that names the columns."""
+    return {line.split("|")[1].strip(): line for line in [line for line in lines if line.startswith("| ")][1:]}
