@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +30,7 @@ from runtimes.train.student import Student
 from tests.runtimes.train.tiny import corpus, run, settings, tiny_graph
 
 ROWS, LENGTH = 2, 256
+ROOT = Path(__file__).parents[3]
 
 
 @cache
@@ -91,7 +95,8 @@ def test_loss_and_gradients_are_those_of_a_step_that_keeps_everything(model: Any
     assert again == pytest.approx(loss, rel=1e-6)
     assert found.keys() == gradients.keys() and gradients
     for name, wanted in gradients.items():
-        assert (found[name] - wanted).norm() <= 1e-6 * wanted.norm() + 1e-12, name
+        # the order of 512 fp32 summands alone makes up to 2e-6, by the number of threads
+        assert (found[name] - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12, name
 
 
 def peak(made: Student) -> int:
@@ -108,13 +113,28 @@ def _status(key: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
 
 
-def test_a_step_takes_the_memory_that_it_says_and_less_where_there_is_less(tmp_path: Path) -> None:
-    whole, blocks, chunks = (
-        peak(student(plain(), memory, tmp_path, **options))
-        for memory, options in ((None, {}), (None, {"checkpointing": True}), ("1MB", {}))
-    )
-    assert blocks < 0.6 * whole
-    assert chunks < 0.6 * blocks
+PEAKS = """
+import sys
+from pathlib import Path
+from tests.runtimes.train.test_memory import peak, plain, student
+for memory, options in ((None, {}), (None, {"checkpointing": True}), ("1MB", {})):
+    print(peak(student(plain(), memory, Path(sys.argv[1]), **options)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_a_step_takes_less_memory_where_blocks_and_parts_of_mlps_are_computed_again(tmp_path: Path) -> None:
+    """In a process whose tensors are mapped one by one, as large ones always are.
+
+    The holes that others leave in the heap hide what a step takes.
+    """
+    fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAKS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=fixed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, blocks, chunks = (int(line) for line in done.stdout.split())
+    assert blocks < 0.4 * whole
+    assert chunks < 0.5 * blocks
 
 
 def test_no_more_is_computed_again_than_the_memory_asks_for(tmp_path: Path) -> None:
