@@ -128,16 +128,18 @@ def _seeds(
     weight = torch.ones(columns, device=w.device) if m is None else m
     drawn = torch.randperm(len(x), generator=generator)[:SEEDING].to(w.device)
     x, scale, weight = x[drawn], scale[drawn], weight[drawn % columns].double()
+    squares = x.square().sum(1, keepdim=True)
     left, found = torch.full_like(weight, torch.inf), list[Tensor]()
     for _ in range(entries):
         reach = (left if found and float(left.sum()) > 0 else weight).cumsum(0)  # by then each may be there already
         at = torch.rand(CANDIDATES, generator=generator, dtype=torch.float64).to(w.device) * reach[-1]
         picked = torch.searchsorted(reach, at).clamp_(max=len(x) - 1)
         offered = x[picked] / scale[picked]
-        distances = torch.stack([((x - scale * one).square().sum(1) * weight).minimum(left) for one in offered])
-        best = int(distances.sum(1).argmin())
+        apart = squares + (scale.square() @ offered.square().t() - 2 * (x * scale) @ offered.t())
+        distances = (apart.double().clamp_(min=0) * weight[:, None]).minimum(left[:, None])
+        best = int(distances.sum(0).argmin())
         found.append(offered[best])
-        left = distances[best]
+        left = distances[:, best]
     return torch.stack(found)
 
 
