@@ -81,20 +81,20 @@ def fit_vectors(
         scale = w.new_empty(rows, 1, dtype=torch.float32) if scaled else None
         codes = w.new_empty(rows // width, columns, dtype=torch.uint8)
         return FittedVectors(w.new_empty(entries, width, dtype=torch.float32), scale, codes)
-    m = None if moments is None else positive(moments.detach().float())
+    w, m = w.detach().contiguous(), None if moments is None else positive(moments.detach().float())
     if start is not None:
-        return _Fit(w.detach(), m, *start, zero_free).run(ROUNDS)
+        return _Fit(w, m, *start, zero_free).run(ROUNDS)
     size = _size(w, m) if scaled else None
     few, some = (_some_rows(rows, columns, width, count, w.device) for count in (SEEDING, SAMPLE))
     generator = torch.Generator().manual_seed(0)
-    part, own = w.detach()[few].float(), None if size is None else size[few]
+    part, own = w[few].float(), None if size is None else size[few]
     seeds = (_seeds(part, own, m, entries, width, generator) for _ in range(TRIES))
     tries = [_Fit(part, m, table, own, zero_free).run(ROUNDS_OF_TRY) for table in seeds]
     found = min(tries, key=lambda one: one.errors[-1])
     for here, before, most in ((some, few, ROUNDS_OF_SAMPLE), (slice(None), some, ROUNDS)):
         if size is not None and found.scale is not None:
             own = size[here] * (found.scale / size[before]).median()
-        found = _Fit(w.detach()[here], m, found.table, own, zero_free).run(most)
+        found = _Fit(w[here], m, found.table, own, zero_free).run(most)
     return found
 
 
@@ -102,7 +102,7 @@ def _size(w: Tensor, m: Tensor | None) -> Tensor:
     """The root mean square of each row, f32 [out, 1]."""
     found = torch.empty(w.shape[0], 1, device=w.device)
     for part in row_slices(*w.shape):
-        squares = w[part].detach().float().square()
+        squares = w[part].float().square()
         found[part] = (squares if m is None else squares * m).mean(1, keepdim=True).sqrt_()
     return found.clamp_(min=SMALLEST_ABSMAX)
 
@@ -165,7 +165,7 @@ class _Fit:
             best = FittedVectors(*held, codes)
             if len(errors) > 1 and error > (1 - ENOUGH) * errors[-2]:
                 break
-        shares = tuple(math.sqrt(error / energy) if energy else 0.0 for error in errors)
+        shares = tuple(math.sqrt(max(0.0, error) / energy) if energy else 0.0 for error in errors)
         return FittedVectors(best.table, best.scale, best.codes, shares)
 
     def _parts(self) -> Iterator[slice]:

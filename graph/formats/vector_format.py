@@ -155,7 +155,7 @@ class VectorLut:
         w = w.float()
         near = LatentVectors(w, packed["lut"], self._factors(packed), None).dense()
         squares = (w - near).square_().add_(w.abs().add_(near.abs()).square_(), alpha=ROUNDING)
-        of_vector = squares.view(-1, self.vector, self.columns).sum(1, keepdim=True).sqrt_()
+        of_vector = squares.reshape(-1, self.vector, self.columns).sum(1, keepdim=True).sqrt_()
         return of_vector.expand(-1, self.vector, -1).reshape(w.shape)
 
     def _factors(self, packed: Mapping[str, Tensor]) -> Factors:

@@ -104,6 +104,13 @@ def test_without_values_shapes_and_dtypes_are_the_same() -> None:
         assert (dense.shape, dense.dtype, dense.is_meta) == ((48, 96), torch.float16, True)
 
 
+def test_a_weight_that_lies_the_other_way_round_is_packed_the_same() -> None:
+    form, w = VectorLut(columns=24, levels=16, vector=2), random(24, 32)
+    one, other = form.pack(w.t()), form.pack(w.t().contiguous())
+    assert all(one[key].equal(other[key]) for key in one)
+    assert fidelity(form, w.t(), one).faithful
+
+
 def test_rows_are_cut_between_vectors_alone() -> None:
     form = VectorLut(columns=40, levels=16, vector=4)
     packed = form.pack(random(32, 40))
