@@ -9,7 +9,7 @@ AdamW at the same rate. All that embeddings and norms hold stays as it is. Perpl
 whose weights are replaced by what each side's unpack to. A peer that is not installed is left out, and said to be. With
 --write the table goes into docs/quality.md; rows of peers that --only leaves out stay what they are there.
 
-Needs coremltools (qc's extra ane), hqq and torchao.
+Needs coremltools (qc's extra ane), with scikit-learn for its vectors, hqq and torchao.
 """
 
 from __future__ import annotations

@@ -129,11 +129,11 @@ def test_the_seedling_on_pairs_is_exported_verified_and_no_rule_is_broken(
 
 @pytest.mark.slow
 def test_pairs_lose_less_of_the_seedling_than_two_bits_of_single_levels() -> None:
-    found = {}
-    for name, options in (("single", {"bits": 2, "vector": None}), ("pairs", {})):
-        graph = capture("seedling").materialize()
-        lut = LutOptions(**({"bits": 4, "vector": 2, "scale": "channel"} | options))
-        found[name] = apply(QuantizeBase(scheme="lut", lut=lut), graph, check=False).figures
+    sizes = {"single": LutOptions(bits=2, scale="channel"), "pairs": LutOptions(bits=4, vector=2, scale="channel")}
+    found = {
+        name: apply(QuantizeBase(scheme="lut", lut=lut), capture("seedling").materialize(), check=False).figures
+        for name, lut in sizes.items()
+    }
     bits = [float(one["bits_per_weight_once_baked"]) for one in found.values()]
     assert bits[1] == pytest.approx(bits[0], abs=0.005)
     assert float(found["pairs"]["mean_snr_db"]) > float(found["single"]["mean_snr_db"]) + 0.6
