@@ -157,7 +157,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale
 
 PRODUCERS = (
     "aten.linear", "qc.linear_4bit", "qc.linear_int8", "qc.linear_scaled", "qc.linear_lut", "qc.linear_fake_lut",
-    "qc.lora", "qc.lora_in_place",
+    "qc.linear_vector_lut", "qc.linear_fake_vector_lut", "qc.lora", "qc.lora_in_place",
 )  # fmt: skip
 """Ops that return a tensor of their own and do not need it in their backward."""
 

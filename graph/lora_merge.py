@@ -17,6 +17,7 @@ from graph.errors import QcError
 from graph.formats import (
     Lut,
     Ternary,
+    VectorLut,
     dense_value,
     format_of,
     packed_tensors,
@@ -225,7 +226,7 @@ def likeness(graph: Graph, packed: Site, weight: Tensor) -> tuple[float, float, 
     Levels and scales of a LUT weight may have been trained since, so of it the signs are compared.
     """
     form, sides = format_of(packed), packed_tensors(graph, packed)
-    if isinstance(form, (Lut, Ternary)):
+    if isinstance(form, (Lut, VectorLut, Ternary)):
         signs = unpack(form, sides, torch.float32).sign() == weight.float().sign()
         return float(signs.double().mean()), SAME_SIGNS, "signs"
     codes, again = sides["indices"], form.pack(weight)["indices"]
@@ -275,6 +276,11 @@ def _requantize(graph: Graph, packed: Site, base: Tensor, total: Tensor) -> Merg
         repack(graph, packed, form, made.packed)
         if not total.is_meta:
             kept_scales = measure(base, total, unpack(form, made.kept_scales, torch.float32))
+    elif isinstance(form, VectorLut):
+        sides, moments = packed_tensors(graph, packed), take_moments(graph, weight_name(packed))
+        update_packed(graph, packed, form.moved(total, sides, moments))
+        if not total.is_meta:
+            kept_scales = measure(base, total, unpack(form, form.nearest(total, sides), torch.float32))
     else:
         update_packed(graph, packed, form.pack(total))
     stored = dense_value(graph, packed, torch.float32)

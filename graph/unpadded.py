@@ -27,6 +27,7 @@ TOKENWISE = (
     "aten.linear", "aten.layer_norm", "aten.add.Tensor", "aten.mul.Tensor", "aten.silu", "aten.gelu", "aten.relu",
     "aten.sigmoid", "aten.tanh", "aten.to.dtype", "qc.rms_norm", "qc.lora", "qc.lora_in_place", "qc.dora", "qc.dropout",
     "qc.linear_4bit", "qc.linear_int8", "qc.linear_scaled", "qc.linear_affine", "qc.linear_lut",
+    "qc.linear_vector_lut",
 )  # fmt: skip
 """Ops that give each token what follows from that token alone, whatever the dimensions before the last."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graph import Graph, QcError
-from graph.formats import Lut, format_of, packed_tensors, weight_name
+from graph.formats import Lut, VectorLut, format_of, packed_tensors, weight_name
 from graph.formats.lut_convert import freeze_indices, with_magnitudes
 from graph.formats.repack import repack, train_scales
 from passes.base import Lossy, Pass, Report
@@ -25,7 +25,7 @@ class ConvertScales(Pass):
     """Turn scales with a floor into scales with magnitudes."""
 
     contract = Lossy(min_psnr_db=10.0, min_weight_snr_db=10.0)  # exact where no scale lies below the floor
-    ops = ("qc.fake_quantize_lut", "qc.dequantize_lut")
+    ops = ("qc.fake_quantize_lut", "qc.dequantize_lut", "qc.fake_quantize_vector_lut", "qc.dequantize_vector_lut")
     idempotent = True
 
     negative: Literal["refit", "keep"] = "refit"
@@ -44,7 +44,7 @@ class ConvertScales(Pass):
         found = []
         for site in sites:
             form = format_of(site)
-            if isinstance(form, Lut) and form.scale != "low-rank":
+            if isinstance(form, (Lut, VectorLut)) and form.scale != "low-rank":
                 what = (
                     f"{weight_name(site)} has {'no' if form.scale == 'none' else form.scale} scales, not low-rank ones"
                 )

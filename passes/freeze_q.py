@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graph import Graph
-from graph.formats import Lut, format_of, frozen, packed_tensors, weight_name
+from graph.formats import Lut, VectorLut, format_of, frozen, packed_tensors, weight_name
 from graph.formats.lut_convert import freeze_indices
 from graph.formats.repack import repack, train_scales
 from passes.base import Exact, Pass, Report
@@ -26,7 +26,7 @@ class FreezeQ(Pass):
     """Keep of each selected latent weight the indices that it has now."""
 
     contract = Exact()
-    ops = ("qc.fake_quantize_lut", "qc.fake_quantize_scaled")
+    ops = ("qc.fake_quantize_lut", "qc.fake_quantize_vector_lut", "qc.fake_quantize_scaled")
     idempotent = False  # a second run has nothing to select, and says so
 
     train: Literal["scales", "none"] = "scales"
@@ -41,6 +41,9 @@ class FreezeQ(Pass):
             if isinstance(form, Lut):
                 made = freeze_indices(form, packed_tensors(graph, site))
                 changed += repack(graph, site, made.form, made.packed)
+                train_scales(graph, name, self.train == "scales")
+            elif isinstance(form, VectorLut):
+                changed += repack(graph, site, *form.freeze(packed_tensors(graph, site)))
                 train_scales(graph, name, self.train == "scales")
             else:
                 changed += repack(graph, site, *frozen(graph, site))

@@ -15,7 +15,7 @@ import torch
 
 from graph import Graph, QcError, Site
 from graph.apart import Parcel, divided
-from graph.formats import Format, Lut, Scaled, Ternary, format_of, packed_sites
+from graph.formats import Format, Lut, Scaled, Ternary, VectorLut, format_of, packed_sites
 from graph.formats.measured import pack_measured
 from graph.importance import Candidate, output_error, within
 from graph.moments import SUFFIX
@@ -166,7 +166,7 @@ def _packed(graph: Graph, sites: Sequence[Site]) -> list[Site]:
 def _packed_bits(form: Format, shape: tuple[int, ...]) -> int:
     """Bits that a weight takes once it is packed and written, whatever it is while it trains."""
     w = torch.empty(shape, device="meta")
-    if isinstance(form, Lut):
+    if isinstance(form, (Lut, VectorLut)):
         return 8 * form.once_baked(form.pack(w))
     if isinstance(form, Ternary):
         form = replace(form, latent=False, baked=True)

@@ -14,6 +14,10 @@ With the scheme lut, a weight is a few levels times scales, and levels and scale
     factored  W/dequantize = qc.dequantize_lut(W.indices, W.lut, 1024, model, scale_a=…, scale_b=…, scale_g=…)
     latent    W/fake_quantize = qc.fake_quantize_lut(W.latent, W.lut, model, scale_a=…, scale_b=…, floor=1e-08)
 
+With ``lut.vector`` an index stands for the weights of several rows at once:
+
+    vectors   W/dequantize = qc.dequantize_vector_lut(W.indices, W.lut, 1024, model, scale=…)
+
 Levels that train follow from ``theta``, whatever it becomes in order, symmetric, fp16 numbers and never zero:
 
     levels    W/levels = qc.monotone_levels(W.theta, 1.0)
@@ -46,6 +50,7 @@ from graph.formats import (
     LutOptions,
     Scaled,
     Tally,
+    VectorLut,
     fidelity,
     fused_weights,
     link_fused,
@@ -265,7 +270,7 @@ class QuantizeBase(Pass):
         found = None if w.is_meta else fidelity(form, w, packed)
         nearest = found is None or found.faithful or covariance is not None
         assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
-        below = form.scales_below(packed) if isinstance(form, Lut) else 0
+        below = form.scales_below(packed) if isinstance(form, (Lut, VectorLut)) else 0
         return Parcel(packed, (None if found is None else astuple(found), below))
 
     def _store(self, graph: Graph, one: Chosen, parcel: Parcel, figures: Tally) -> None:
@@ -276,10 +281,10 @@ class QuantizeBase(Pass):
         stored = store_packed(graph, weight, form, packed, DTYPES.get(self.compute_dtype))
         if isinstance(form, Scaled) and form.latent:
             graph.set_info(f"{weight}.latent", trainable=True, group="weights")
-        if isinstance(form, Lut):
+        if isinstance(form, Lut) and form.theta:
+            derive_levels(graph, stored)
+        if isinstance(form, (Lut, VectorLut)):
             figures.add_scales(form.once_baked(packed), w.numel(), scales_below)
-            if form.theta:
-                derive_levels(graph, stored)
             for suffix, group in self.tables.trained().items():
                 if f"{weight}.{suffix}" in graph.tensors():
                     graph.set_info(f"{weight}.{suffix}", trainable=True, group=group)

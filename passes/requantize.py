@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graph import Graph, QcError, Selector
-from graph.formats import Lut, format_of, packed_tensors, weight_name
+from graph.formats import Lut, VectorLut, format_of, packed_tensors, weight_name
 from graph.formats.lut_convert import requantized
 from graph.formats.repack import repack
 from passes.base import Lossy, Pass, Report
@@ -26,7 +26,7 @@ class Requantize(Pass):
     """Refit levels, indices and scales of each selected LUT weight to the weight that it is now."""
 
     contract = Lossy(min_psnr_db=0.0, min_weight_snr_db=0.0)  # two bits keep 9 dB of a weight, and noise adds up
-    ops = ("qc.dequantize_lut",)
+    ops = ("qc.dequantize_lut", "qc.dequantize_vector_lut")
     idempotent = False  # each run fits anew
 
     select: Selector = MLP_WEIGHTS
@@ -50,6 +50,8 @@ class Requantize(Pass):
         return [problem for site in sites if (problem := self._problem(format_of(site), weight_name(site), site.name))]
 
     def _problem(self, form: object, weight: str, site: str) -> QcError | None:
+        if isinstance(form, VectorLut):
+            return QcError(f"{weight} is on vectors, which are not refitted", fix="exclude it from select", site=site)
         assert isinstance(form, Lut), f"{site} is no LUT weight"
         if form.baked:
             return QcError(f"{weight} is baked", fix="requantize before snap", site=site)

@@ -91,7 +91,8 @@ def _not_trainable(packed: list[str], graph: Graph) -> list[QcError]:
 
 def _sorted_by(picked: list[str], graph: Graph) -> list[QcError]:
     """Levels by which latent weights are sorted at every step, so that they have to stay in order."""
-    wrong = [name for name in picked if name.removesuffix("lut") + "latent" in graph.tensors() and name[-4:] == ".lut"]
+    latent = {tensor for site in graph.sites("qc.fake_quantize_lut") for tensor in site.tensors()}
+    wrong = [name for name in picked if name in latent and name.endswith(".lut")]
     what = "{} holds levels that latent weights are sorted by, and trained freely they do not stay in order"
     fix = "set lut.train to levels and lut.symmetric to true in quantize-base, or freeze-q first"
     return [QcError(what.format(name), fix=fix) for name in wrong[:1]]

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from graph import Graph, QcError, Site, raise_all
-from graph.formats import Lut, format_of, packed_sites, packed_tensors, rounded, weight_name
+from graph.formats import Format, Lut, VectorLut, format_of, packed_sites, packed_tensors, rounded, weight_name
 from graph.formats.lut_convert import baked
 from graph.formats.repack import repack
 from passes.base import Lossy, Pass, Report
@@ -73,7 +73,7 @@ class Snap(Pass):
         return [
             site
             for site in packed_sites(graph)
-            if isinstance(form := format_of(site), Lut) and not (form.baked or form.latent or form.floor is not None)
+            if _can_be_baked(format_of(site))
             if names.issuperset(t for t in site.tensors() if not t.endswith(".indices"))
         ]
 
@@ -88,13 +88,26 @@ class Snap(Pass):
         return True
 
 
+def _can_be_baked(form: Format) -> bool:
+    """Whether it is a LUT weight that is packed and not baked yet; scales with a floor have no product form."""
+    if isinstance(form, VectorLut):
+        return not (form.baked or form.latent)
+    return isinstance(form, Lut) and not (form.baked or form.latent or form.floor is not None)
+
+
 def _bake(graph: Graph, site: Site) -> list[str]:
     """Store a LUT weight as a device holds it, frozen; the names of the sites and tensors that this changes."""
     form, name = format_of(site), weight_name(site)
-    assert isinstance(form, Lut)
-    made = baked(form, packed_tensors(graph, site))
-    sides = [f"{name}.{suffix}" for suffix in made.packed if suffix != "indices"]
-    changed = repack(graph, site, made.form, made.packed)
+    packed = packed_tensors(graph, site)
+    new: Format
+    if isinstance(form, VectorLut):
+        new, made = form.bake(packed)
+    else:
+        assert isinstance(form, Lut)
+        converted = baked(form, packed)
+        new, made = converted.form, converted.packed
+    sides = [f"{name}.{suffix}" for suffix in made if suffix != "indices"]
+    changed = repack(graph, site, new, made)
     for tensor in sides:
         graph.set_info(tensor, trainable=False, group=None)
     return [*changed, *sides]

@@ -22,7 +22,7 @@ from graph.ops import op_name
 from graph.sites import node_name
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
 
-LUT = ("qc.dequantize_lut", "qc.fake_quantize_lut")
+LUT = ("qc.dequantize_lut", "qc.fake_quantize_lut", "qc.dequantize_vector_lut", "qc.fake_quantize_vector_lut")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from graph.formats.stored import weight_name as weight_name
 from graph.formats.ternary_format import Ternary as Ternary
 from graph.formats.ternary_rule import TernaryRule as TernaryRule
 from graph.formats.tokens import fake_quantize_tokens as fake_quantize_tokens
+from graph.formats.vector_format import VectorLut as VectorLut
 
 Scheme = Literal["nf4", "fp4", "int8", "fp8", "nvfp4", "mxfp8", "mxfp4", "int4"]
 Share = Literal["row", "weight", "block"]

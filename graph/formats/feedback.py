@@ -28,8 +28,12 @@ f32 [out]  ->  f32 [out]
 """
 
 
-def rounded_with_feedback(w: Tensor, s: Tensor | None, pick: Pick, covariance: Tensor, nearest: Tensor) -> Tensor:
+def rounded_with_feedback(
+    w: Tensor, s: Tensor | None, pick: Pick, covariance: Tensor, nearest: Tensor, together: int = 1
+) -> Tensor:
     """Numbers that times scales make outputs of least error; rows that are better off with the nearest have those.
+
+    So many rows, whose numbers ``pick`` takes from one vector, are better or worse off ``together``.
 
     w: [out, in], float    s: f32 [out, in] or None: 1    covariance: f32 [in, in], symmetric
     nearest: f32 [out, in], what ``pick`` gives of each column  ->  f32 [out, in]
@@ -40,8 +44,8 @@ def rounded_with_feedback(w: Tensor, s: Tensor | None, pick: Pick, covariance: T
     order = damped.diagonal().argsort(descending=True, stable=True)
     found = torch.empty_like(w)
     found[:, order] = _one_by_one(w[:, order], s[:, order], pick, _factor(damped[order][:, order]))
-    better = _lost(w - found * s, damped) < _lost(w - nearest * s, damped)
-    return torch.where(better[:, None], found, nearest)
+    gained = (_lost(w - nearest * s, damped) - _lost(w - found * s, damped)).view(-1, together).sum(1)
+    return torch.where((gained > 0).repeat_interleave(together)[:, None], found, nearest)
 
 
 def levels_by_row(levels: Tensor, rows: int) -> Pick:

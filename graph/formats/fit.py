@@ -43,7 +43,7 @@ class Fit:
     ) -> None:
         self.w, self.scales, self.levels = w.detach(), scales, levels
         self.symmetric, self.zero_free = symmetric, zero_free
-        self.moments = None if moments is None else _positive(moments.detach().float())
+        self.moments = None if moments is None else positive(moments.detach().float())
         self.indices = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         self._errors: list[float] = []
 
@@ -156,7 +156,7 @@ class Fit:
             self.scales.times(slice(lut * share, (lut + 1) * share), factor)
 
 
-def _positive(moments: Tensor) -> Tensor:
+def positive(moments: Tensor) -> Tensor:
     """Of mean 1, and none so small that the columns of an input that was always 0 have no scale."""
     moments = moments / moments.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return moments.clamp(min=1e-4)

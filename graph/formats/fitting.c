@@ -11,6 +11,7 @@
 #define LANES 8
 #define AT_ONCE 32
 #define PART 512
+#define WIDEST 16
 #define SMALLEST_SCALE 1e-12f
 
 static void normed(const float *restrict w, const float *restrict s, int64_t count, float *restrict x) {
@@ -123,5 +124,45 @@ void lut_sums(const uint8_t *indices, const float *w, const float *s, int64_t ro
             float weighted = moments ? s[j] * moments[j] : s[j];
             below[indices[j]] += (double)(weighted * s[j]);
             above[indices[j]] += (double)(weighted * w[j]);
+        }
+}
+
+/* The number of the vector that is nearest in each of AT_ONCE columns, the first of several. `x` are weights times scales,
+   a row for each value of a vector; `table` is -2 times the vectors, and `own` what each is off by itself. */
+static void nearest_columns(const float *restrict x, int64_t width, const float *restrict table,
+                            const float *restrict own, int64_t entries, uint8_t *restrict at) {
+    Floats least[4], values[4];
+    Ints numbers[4] = {{0}};
+    for (int64_t k = 0; k < entries; k++, table += width)
+        for (int i = 0; i < 4; i++) {
+            memcpy(values, x + 8 * i, sizeof values[0]);
+            Floats distance = values[0] * table[0];
+            for (int64_t v = 1; v < width; v++) {
+                memcpy(values, x + v * AT_ONCE + 8 * i, sizeof values[0]);
+                distance = distance + values[0] * table[v];
+            }
+            distance = distance + own[k];
+            Ints nearer = k ? distance < least[i] : (Ints){0} == (Ints){0};
+            least[i] = (Floats)(((Ints)distance & nearer) | ((Ints)least[i] & ~nearer));
+            numbers[i] = (numbers[i] & ~nearer) | ((int32_t)k & nearer);
+        }
+    for (int j = 0; j < AT_ONCE; j++) at[j] = (uint8_t)((const int32_t *)numbers)[j];
+}
+
+/* The numbers of the nearest vectors, `width` rows each, under scales by row, which may be none. */
+void vector_nearest(const float *w, const float *s, const float *own, const float *table, int64_t groups, int64_t width,
+                    int64_t columns, int64_t entries, uint8_t *indices) {
+    float x[WIDEST * AT_ONCE];
+    uint8_t found[AT_ONCE];
+    for (int64_t group = 0; group < groups; group++, w += width * columns, own += entries, indices += columns)
+        for (int64_t at = 0; at < columns; at += AT_ONCE) {
+            int64_t here = columns - at < AT_ONCE ? columns - at : AT_ONCE;
+            memset(x, 0, sizeof x);
+            for (int64_t v = 0; v < width; v++) {
+                float scale = s ? s[group * width + v] : 1.0f;
+                for (int64_t j = 0; j < here; j++) x[v * AT_ONCE + j] = w[v * columns + at + j] * scale;
+            }
+            nearest_columns(x, width, table, own, entries, found);
+            memcpy(indices + at, found, (size_t)here);
         }
 }

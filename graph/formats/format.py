@@ -22,6 +22,9 @@ Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 CHUNK = 1 << 20
 """Weights worked on at a time: quantizing and comparing take several fp32 copies of what they work on."""
 
+TOGETHER = 16
+"""Rows that stay together: an index may stand for the weights of as many."""
+
 
 class Format(Protocol):
     """One way to hold a weight [out, in] in few bits: integers, and side tensors that scale them.
@@ -50,7 +53,7 @@ class Format(Protocol):
         ...
 
     def by_row(self, packed: Mapping[str, Tensor]) -> Rows:
-        """The same weight, to be cut row by row."""
+        """The same weight, to be cut row by row, or where ``chunks`` does."""
         ...
 
     def widest_error(self, w: Tensor, packed: Mapping[str, Tensor], largest: float) -> Tensor:
@@ -73,6 +76,6 @@ def has_data(x: Tensor) -> bool:
 
 
 def chunks(w: Tensor) -> Iterator[slice]:
-    """The rows of ``w``, in slices of about ``CHUNK`` values."""
-    step = max(1, CHUNK // max(1, w.shape[1]))
+    """The rows of ``w``, in slices of about ``CHUNK`` values, which part no ``TOGETHER`` of them."""
+    step = TOGETHER * max(1, CHUNK // max(1, TOGETHER * w.shape[1]))
     return (slice(start, min(start + step, w.shape[0])) for start in range(0, w.shape[0], step))

@@ -3,8 +3,9 @@
     before    linear(x, qc.dequantize_4bit(W.indices, W.absmax, nf4, model), bias)
     after     qc.linear_4bit(x, W.indices, W.absmax, nf4, model, bias=bias)
 
-LUT weights fuse into ``qc.linear_lut`` and ``qc.linear_fake_lut``, whose levels and scales can train, ternary ones into
-``qc.linear_ternary`` and ``qc.linear_fake_ternary``.
+LUT weights fuse into ``qc.linear_lut`` and ``qc.linear_fake_lut``, whose levels and scales can train, those of vectors
+into ``qc.linear_vector_lut`` and ``qc.linear_fake_vector_lut``, ternary ones into ``qc.linear_ternary`` and
+``qc.linear_fake_ternary``.
 Values and gradients are bit-identical. Artifacts hold the form before; the training runtime fuses a copy.
 """
 
@@ -27,6 +28,7 @@ from graph.formats.lut_linear import linear_fake_lut, linear_lut
 from graph.formats.scaled import Kind, Scaled, dequantize_scaled
 from graph.formats.scaled_parts import largest_of, nearest
 from graph.formats.ternary_linear import linear_fake_ternary, linear_ternary
+from graph.formats.vector_lut import linear_fake_vector_lut, linear_vector_lut
 from graph.ops import op, op_name
 from graph.sites import set_tag, tag
 
@@ -168,6 +170,8 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "qc.dequantize_affine": linear_affine,
     "qc.dequantize_lut": linear_lut,
     "qc.fake_quantize_lut": linear_fake_lut,
+    "qc.dequantize_vector_lut": linear_vector_lut,
+    "qc.fake_quantize_vector_lut": linear_fake_vector_lut,
     "qc.dequantize_ternary": linear_ternary,
     "qc.fake_quantize_ternary": linear_fake_ternary,
     "qc.fake_quantize_scaled": linear_fake_scaled,

@@ -10,6 +10,7 @@ Both compute ``Q * S`` in fp32. Gradients go to whatever of levels and scales is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graph.formats.lut_scales import scale_factors
-from graph.formats.lut_weight import LatentWeight, PackedWeight
+from graph.formats.lut_weight import LatentWeight, LutWeight, PackedWeight
 from graph.formats.ste import ste_fp16
 from graph.ops import op
+
+Kind = Callable[..., LutWeight]
+"""What makes the weight of its indices, or of its latent floats: ``PackedWeight`` or ``LatentWeight``, say."""
 
 
 @op
@@ -47,7 +51,7 @@ def dequantize_lut(
     lut = ste_fp16(lut.float()) if fp16 else lut
     if not trains(lut, *factors):
         return PackedWeight(indices, lut, columns, factors, floor).dense().to(dtype)
-    return _DequantizeLut.apply(indices, lut, columns, floor, *factors).to(dtype)
+    return DequantizeLut.apply(indices, lut, columns, floor, PackedWeight, *factors).to(dtype)
 
 
 def trains(*tensors: Tensor | None) -> bool:
@@ -55,22 +59,30 @@ def trains(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-class _DequantizeLut(torch.autograd.Function):
-    """Keeps the packed weight for the backward, and unpacks it again there."""
+class DequantizeLut(torch.autograd.Function):
+    """Keeps the packed weight, of this kind, for the backward, and unpacks it again there."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, lut: Tensor, columns: int, floor: float | None, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        indices: Tensor,
+        lut: Tensor,
+        columns: int,
+        floor: float | None,
+        kind: Kind,
+        *factors: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(indices, lut, *factors)
-        ctx.columns, ctx.floor = columns, floor
-        return PackedWeight(indices, lut, columns, factors, floor).dense()
+        ctx.kind, ctx.columns, ctx.floor = kind, columns, floor
+        return kind(indices, lut, columns, factors, floor).dense()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, lut, *factors = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
-        d_lut, *d_factors = PackedWeight(indices, lut, ctx.columns, tuple(factors), ctx.floor).gradients(grad, needs)
-        return None, d_lut, None, None, *d_factors
+        needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
+        d_lut, *d_factors = ctx.kind(indices, lut, ctx.columns, tuple(factors), ctx.floor).gradients(grad, needs)
+        return None, d_lut, None, None, None, *d_factors
 
 
 @op
@@ -96,23 +108,23 @@ def fake_quantize_lut(
     lut = ste_fp16(lut.float()) if fp16 else lut
     if not trains(latent, lut, *factors):
         return LatentWeight(latent, lut, factors, floor).dense().to(dtype)
-    return _FakeQuantizeLut.apply(latent, lut, floor, *factors).to(dtype)
+    return FakeQuantizeLut.apply(latent, lut, floor, LatentWeight, *factors).to(dtype)
 
 
-class _FakeQuantizeLut(torch.autograd.Function):
-    """Keeps the latent weight for the backward, and finds its levels again there."""
+class FakeQuantizeLut(torch.autograd.Function):
+    """Keeps the latent weight, of this kind, for the backward, and finds its levels again there."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, lut: Tensor, floor: float | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, lut: Tensor, floor: float | None, kind: Kind, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(latent, lut, *factors)
-        ctx.floor = floor
-        return LatentWeight(latent, lut, factors, floor).dense()
+        ctx.kind, ctx.floor = kind, floor
+        return kind(latent, lut, factors, floor).dense()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         latent, lut, *factors = ctx.saved_tensors
-        trained, needs = ctx.needs_input_grad[0], (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])
-        weight = LatentWeight(latent, lut, tuple(factors), ctx.floor, both=trained)
+        trained, needs = ctx.needs_input_grad[0], (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
+        weight = ctx.kind(latent, lut, tuple(factors), ctx.floor, both=trained)
         d_lut, *d_factors = weight.gradients(grad, needs)
-        return grad.to(latent.dtype) if trained else None, d_lut, None, *d_factors
+        return grad.to(latent.dtype) if trained else None, d_lut, None, None, *d_factors

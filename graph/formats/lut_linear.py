@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from graph.formats.bits import look_up
 from graph.formats.format import has_data
-from graph.formats.lut import trains
+from graph.formats.lut import Kind, trains
 from graph.formats.lut_scales import Factors, scale_factors
 from graph.formats.lut_weight import LatentWeight, LutWeight, PackedWeight
 from graph.formats.memory import scratch
@@ -55,12 +55,12 @@ def linear_lut(
     factors = scale_factors(scale, scale_a, scale_b, scale_g, floor, fp16)
     lut = ste_fp16(lut.float()) if fp16 else lut
     if not trains(x, bias, lut, *factors):
-        return _product(x, PackedWeight(indices, lut, columns, factors, floor), dtype, bias)
-    return _LinearLut.apply(x, bias, indices, lut, columns, dtype, floor, *factors)
+        return product(x, PackedWeight(indices, lut, columns, factors, floor), dtype, bias)
+    return LinearLut.apply(x, bias, indices, lut, columns, dtype, floor, PackedWeight, *factors)
 
 
-class _LinearLut(torch.autograd.Function):
-    """Keeps x and the packed weight."""
+class LinearLut(torch.autograd.Function):
+    """Keeps x and the packed weight, of this kind."""
 
     @staticmethod
     def forward(
@@ -72,20 +72,21 @@ class _LinearLut(torch.autograd.Function):
         columns: int,
         dtype: torch.dtype,
         floor: float | None,
+        kind: Kind,
         *factors: Tensor,
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad[i] for i in (3, *range(7, 7 + len(factors))))
+        wanted = any(ctx.needs_input_grad[i] for i in (3, *range(8, 8 + len(factors))))
         ctx.save_for_backward(x if wanted else None, indices, lut, *factors)
-        ctx.columns, ctx.dtype, ctx.floor, ctx.x_dtype = columns, dtype, floor, x.dtype
+        ctx.kind, ctx.columns, ctx.dtype, ctx.floor, ctx.x_dtype = kind, columns, dtype, floor, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(x, PackedWeight(indices, lut, columns, factors, floor), dtype, bias)
+        return product(x, kind(indices, lut, columns, factors, floor), dtype, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, indices, lut, *factors = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[3], *ctx.needs_input_grad[7:])
-        weight = PackedWeight(indices, lut, ctx.columns, tuple(factors), ctx.floor)
+        needs = (ctx.needs_input_grad[3], *ctx.needs_input_grad[8:])
+        weight = ctx.kind(indices, lut, ctx.columns, tuple(factors), ctx.floor)
         d_weight: tuple[Tensor | None, ...] = (None,) * len(needs)
         room = _room(weight)
         if any(needs):
@@ -96,10 +97,11 @@ class _LinearLut(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             dense = weight.dense(room)
         d_x = times_weight(grad, dense, ctx) if ctx.needs_input_grad[0] else None
-        return d_x, bias_gradient(ctx, grad), None, d_weight[0], None, None, None, *d_weight[1:]
+        return d_x, bias_gradient(ctx, grad), None, d_weight[0], None, None, None, None, *d_weight[1:]
 
 
-def _product(x: Tensor, weight: LutWeight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: LutWeight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """``x`` times the weight itself, which is unpacked for it."""
     return linear(x, weight.dense(_room(weight)).to(dtype).to(x.dtype), bias)
 
 
@@ -150,12 +152,12 @@ def linear_fake_lut(
     factors = scale_factors(scale, scale_a, scale_b, None, floor, fp16)
     lut = ste_fp16(lut.float()) if fp16 else lut
     if not trains(x, bias, latent, lut, *factors):
-        return _product(x, LatentWeight(latent, lut, factors, floor), dtype, bias)
-    return _LinearFakeLut.apply(x, bias, latent, lut, dtype, floor, *factors)
+        return product(x, LatentWeight(latent, lut, factors, floor), dtype, bias)
+    return LinearFakeLut.apply(x, bias, latent, lut, dtype, floor, LatentWeight, *factors)
 
 
-class _LinearFakeLut(torch.autograd.Function):
-    """Keeps x, the latent weight and its scales."""
+class LinearFakeLut(torch.autograd.Function):
+    """Keeps x, the latent weight, of this kind, and its scales."""
 
     @staticmethod
     def forward(
@@ -166,20 +168,21 @@ class _LinearFakeLut(torch.autograd.Function):
         lut: Tensor,
         dtype: torch.dtype,
         floor: float | None,
+        kind: Kind,
         *factors: Tensor,
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad[i] for i in (2, 3, *range(6, 6 + len(factors))))
+        wanted = any(ctx.needs_input_grad[i] for i in (2, 3, *range(7, 7 + len(factors))))
         ctx.save_for_backward(x if wanted else None, latent, lut, *factors)
-        ctx.dtype, ctx.floor, ctx.x_dtype = dtype, floor, x.dtype
+        ctx.kind, ctx.dtype, ctx.floor, ctx.x_dtype = kind, dtype, floor, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(x, LatentWeight(latent, lut, factors, floor), dtype, bias)
+        return product(x, kind(latent, lut, factors, floor), dtype, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, latent, lut, *factors = ctx.saved_tensors
-        trained, needs = ctx.needs_input_grad[2], (ctx.needs_input_grad[3], *ctx.needs_input_grad[6:])
-        weight = LatentWeight(latent, lut, tuple(factors), ctx.floor, both=trained)
+        trained, needs = ctx.needs_input_grad[2], (ctx.needs_input_grad[3], *ctx.needs_input_grad[7:])
+        weight = ctx.kind(latent, lut, tuple(factors), ctx.floor, both=trained)
         d_w = weight_gradient(grad, x) if trained or any(needs) else None
         d_weight: tuple[Tensor | None, ...] = (None,) * len(needs)
         d_x = None
@@ -192,7 +195,7 @@ class _LinearFakeLut(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             d_x = times_weight(grad, weight.dense(_room(weight)), ctx)
         d_latent = d_w.to(latent.dtype) if d_w is not None and trained else None
-        return d_x, bias_gradient(ctx, grad), d_latent, d_weight[0], None, None, *d_weight[1:]
+        return d_x, bias_gradient(ctx, grad), d_latent, d_weight[0], None, None, None, *d_weight[1:]
 
 
 @op

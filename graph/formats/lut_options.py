@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from graph.errors import QcError
+from graph.formats.bits import BITS as BITS_OF_INDICES
 from graph.formats.lut_format import FLOOR, Lut, Scale
+from graph.formats.vector_format import LARGEST_TABLE, VectorLut
 
 BITS, RANK, GROUP = 4, 32, 32
 
@@ -38,6 +40,10 @@ class LutOptions:
 
     bits: Literal[1, 2, 3, 4, 6, 8] | None = None
     """Bits of an index: 2 are 4 levels, 4 are 16. Without it 4."""
+
+    vector: Literal[2, 4, 8, 16] | None = None
+    """Rows that share an index, which then stands for a vector: 2 with 4 bits are 2 bits a weight, on 16 pairs. One
+    table serves the whole weight, of at most 256 numbers. For ``scale`` channel or none."""
 
     levels: Literal["fitted", "uniform"] = "fitted"
     """Levels fitted to each weight, or evenly spaced from -1 to 1."""
@@ -72,6 +78,7 @@ class LutOptions:
     def mistakes(self) -> Iterator[QcError]:
         """Options that do not go together, whatever the model."""
         yield from self._mistakes_of_size()
+        yield from self._mistakes_of_vectors()
         if self.rank is not None and self.scale != "low-rank":
             what = f"lut.rank belongs to low-rank scales, and lut.scale is {self.scale}"
             yield QcError(what, fix="take lut.rank out")
@@ -95,12 +102,41 @@ class LutOptions:
         if self.bits == 1 and self.symmetric:
             what = f"lut.train is {self.train}, and of two symmetric levels none can move"
             yield QcError(what, fix="train the scales, or take lut.symmetric out")
-        if self.form == "latent" and not self.symmetric:
+        if self.form == "latent" and not self.symmetric and self.vector is None:
             what = f"lut.train is {self.train}, and latent weights are sorted by levels that stay in order"
             yield QcError(what, fix="set lut.symmetric to true")
         if self.rows_per_lut is not None and self.symmetric and (self.scale == "none" or self.fit == "absmax"):
             what = f"lut.train is {self.train}, and the tables of lut.rows_per_lut do not end at one largest level"
             yield QcError(what, fix="take lut.rows_per_lut or lut.symmetric out, or fit scales: lut.fit mse")
+
+    def _mistakes_of_vectors(self) -> Iterator[QcError]:
+        """What belongs to single levels."""
+        if self.vector is None:
+            return
+        if self.preset is None and self.scale not in ("channel", "none"):
+            what = (
+                f"lut.vector is {self.vector}, and lut.scale is {self.scale}: rows of vectors have one scale, or none"
+            )
+            yield QcError(what, fix="set lut.scale to channel or none, or take lut.vector out")
+        if self.preset is not None:
+            what = f"lut.vector is {self.vector}, and lut.preset {self.preset} has low-rank scales"
+            yield QcError(what, fix="give lut.bits and lut.scale: channel in the place of lut.preset")
+        for key, given, why in (
+            ("levels", self.levels == "uniform", "vectors are fitted"),
+            ("fit", self.fit == "absmax", "scales of vectors are those of least squared error"),
+            ("symmetric", self.symmetric, "vectors do not come in pairs of both signs"),
+            ("rows_per_lut", self.rows_per_lut is not None, "of vectors there is one table for the whole weight"),
+        ):
+            if given:
+                what = f"lut.{key} is {str(getattr(self, key)).lower()}, and {why}"
+                yield QcError(what, fix=f"take lut.{key} out, or lut.vector")
+        numbers, bits = self.vector << (self.bits or BITS), (LARGEST_TABLE // self.vector).bit_length() - 1
+        if numbers > LARGEST_TABLE:
+            table = f"lut.vector {self.vector} with {self.bits} bits is a table of {numbers} numbers"
+            yield QcError(
+                f"{table}, and {LARGEST_TABLE} fit",
+                fix=f"set lut.bits to at most {max(b for b in BITS_OF_INDICES if b <= bits)}",
+            )
 
     def _mistakes_of_size(self) -> Iterator[QcError]:
         for key, least in (("rank", 1), ("group", 1), ("rows_per_lut", 1)):
@@ -130,11 +166,20 @@ class LutOptions:
         what = f"lut.preset {self.preset} is for MLP and attention, and says nothing of {role}"
         return QcError(what, fix="exclude it from select, or give lut.bits and lut.rank in the place of lut.preset")
 
-    def form_for(self, role: str, shape: tuple[int, ...]) -> Lut:
+    def form_for(self, role: str, shape: tuple[int, ...]) -> Lut | VectorLut:
         """The format of a weight of this role and shape [out, in]."""
         size = self.size(role)
         assert size is not None, "see no_size()"
         latent = self.form == "latent"
+        if self.vector is not None:
+            return VectorLut(
+                columns=shape[1],
+                levels=1 << size.bits,
+                vector=self.vector,
+                scale="channel" if self.scale == "channel" else "none",
+                zero_free=self.zero_free,
+                latent=latent,
+            )
         return Lut(
             columns=shape[1],
             levels=1 << size.bits,

@@ -122,7 +122,7 @@ def not_positive(factors: Factors, columns: int) -> int:
     return sum(int((s <= 0).sum()) for s in found if s is not None)
 
 
-def row_parts(rows: int, columns: int) -> Iterator[slice]:
+def row_parts(rows: int, columns: int, at_once: int = AT_ONCE) -> Iterator[slice]:
     """Slices of all rows, as many at a time as are worked on."""
-    step = max(1, AT_ONCE // max(1, columns))
+    step = max(1, at_once // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

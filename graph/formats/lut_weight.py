@@ -37,6 +37,10 @@ class LutWeight(ABC):
     def codes(self, rows: slice, s: Tensor | None) -> Tensor:
         """The indices of these rows, u8."""
 
+    def places(self, rows: slice, s: Tensor | None) -> Tensor:
+        """Where in all levels behind one another each of Q lies, i32 [rows, in]."""
+        return self.codes(rows, s).int() + level_starts(self.lut, self.shape[0], rows)
+
     @cached_property
     def b_turned(self) -> Tensor:
         """B the other way round, so that many small products read it in order."""
@@ -82,8 +86,7 @@ class LutWeight(ABC):
             q = self.levels(part, s, self._room(part, "q"))
             if d_lut is not None:
                 d_q = d_w[part] if s is None else d_w[part] * s
-                at = self.codes(part, s).int() + level_starts(self.lut, self.shape[0], part)
-                d_lut += torch.bincount(at.view(-1), d_q.reshape(-1), minlength=d_lut.numel())
+                d_lut += torch.bincount(self.places(part, s).view(-1), d_q.reshape(-1), minlength=d_lut.numel())
             if d_factors and s is not None:
                 room = d_w[part] if dense is d_w else self._room(part, "d_s")
                 d_s = torch.mul(d_w[part], self.slope(part, q, s), out=room)

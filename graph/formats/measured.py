@@ -8,6 +8,7 @@ from graph.formats.format import Format
 from graph.formats.lut_format import Lut
 from graph.formats.scaled import Scaled
 from graph.formats.ternary_format import Ternary
+from graph.formats.vector_format import VectorLut
 
 
 def pack_measured(
@@ -18,7 +19,7 @@ def pack_measured(
     moments: [in], the inputs' mean squares, which weigh the fit of scales    covariance: [in, in], their mean products,
     by which codes are rounded with feedback
     """
-    if isinstance(form, Lut):
+    if isinstance(form, (Lut, VectorLut)):
         return form.pack(w, moments, covariance)
     if isinstance(form, Ternary):
         return form.pack(w, moments)

@@ -265,6 +265,7 @@ def _opened(kept: Path) -> ctypes.CDLL:
     signatures["lut_assign"] = [pointer, pointer, count, count, pointer, pointer, count, pointer, pointer]
     signatures["lut_nearest"] = signatures["lut_assign"]
     signatures["lut_products"] = [pointer, count, pointer, count, count, count, pointer, pointer, pointer, pointer]
+    signatures["vector_nearest"] = [pointer, pointer, pointer, pointer, count, count, count, count, pointer]
     signatures["lut_sums"] = [pointer, pointer, pointer, count, count, pointer, pointer, pointer]
     for name, types in signatures.items():
         made: Any = getattr(found, name)

@@ -29,14 +29,17 @@ from graph.formats.scaled import Scaled, dequantize_scaled, fake_quantize_scaled
 from graph.formats.scaled_parts import largest_of
 from graph.formats.ternary import dequantize_ternary, fake_quantize_ternary
 from graph.formats.ternary_format import Ternary
+from graph.formats.vector_format import VectorLut
+from graph.formats.vector_lut import dequantize_vector_lut, fake_quantize_vector_lut
 from graph.ops import op_name
 from graph.probe import evaluate_constant
 from graph.sites import Site, set_tag, tag
 
 UNPACKING = (
-    dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_ternary, dequantize_scaled, dequantize_affine
+    dequantize_4bit, dequantize_int8, dequantize_lut, dequantize_vector_lut, dequantize_ternary, dequantize_scaled,
+    dequantize_affine
 )  # fmt: skip
-FAKING = (fake_quantize_lut, fake_quantize_ternary, fake_quantize_scaled)
+FAKING = (fake_quantize_lut, fake_quantize_vector_lut, fake_quantize_ternary, fake_quantize_scaled)
 
 DEQUANTIZE = tuple(map(op_name, (*UNPACKING, *FAKING)))
 """The ops that unpack, and those that compute what packing and unpacking would give."""
@@ -90,6 +93,8 @@ def format_of(site: Site) -> Format:
         form = Lut.of(_stand_ins(site), site.value)
         derived = arguments(site)["lut"].op != "get_attr"
         return replace(form, theta=True, symmetric=True, zero_free=True) if derived else form
+    if site.op in ("qc.dequantize_vector_lut", "qc.fake_quantize_vector_lut"):
+        return VectorLut.of(_stand_ins(site), site.value)
     if site.op in ("qc.dequantize_ternary", "qc.fake_quantize_ternary"):
         return Ternary.of(_stand_ins(site), site.value)
     kind = site.node.args[2]

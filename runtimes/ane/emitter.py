@@ -45,6 +45,10 @@ class Emitter(Protocol):
         """
         ...
 
+    def vector_weight(self, indices: Array, table: Array, bits: int) -> Var:
+        """A stored weight: u8 indices [out / V, in, …], of so many bits in the file, into fp16 vectors [N, V]."""
+        ...
+
     def int8_weight(self, values: Array, scale: Array) -> Var:
         """A stored weight: i8 [out, in, …] times an fp16 scale a row [out, 1, …]."""
         ...

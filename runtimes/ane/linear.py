@@ -1,7 +1,7 @@
 """Linears as 1x1 convolutions, and embeddings, over weights that stay packed.
 
     fp16, int8   conv
-    lut          conv, and with a scale a row mul behind it: products stay normal fp16 numbers (rule N11)
+    lut          conv, and with a scale a row mul behind it: products stay normal fp16 numbers (rule N11); so of vectors
     low-rank     mul, conv, conv: ``sum_k a_k * (Q (b_k * x))`` with the ranks on the last axis, so that any rank takes
                  three ops and reads Q once; of several tokens a reshape before and one after
 
@@ -36,7 +36,7 @@ def linear(low: Lowering, node: fx.Node) -> Result:
     most = low.options.rows_per_head
     if weight.rows <= most or node.meta.get("custom", {}).get("role") != "head":
         return Value(_product(low, x, weight, slice(0, weight.rows), bias), (weight.rows,))
-    parts = [slice(start, min(start + most, weight.rows)) for start in range(0, weight.rows, most)]
+    parts = weight.pieces(most)
     found = [_product(low, x, weight, part, None if bias is None else bias[part]) for part in parts]
     return Split(tuple(Value(var, (int(var.shape[1]),)) for var in found))
 
@@ -63,8 +63,7 @@ def _gathered(low: Lowering, weight: Weight, ids: Var) -> Var:
     if weight.kind == "int8":
         values, scale, lift = _once(low, weight, "integers", weight.integers)
         return _lowered(low, rows_of(emit.int8_weight(values, scale.reshape(-1, 1))), lift)
-    indices, levels = _once(low, weight, "table", weight.table)
-    found = rows_of(emit.lut_weight(indices, levels, weight.bits))
+    found = rows_of(_looked_up(low, weight, slice(0, weight.rows), np.asarray))
     if weight.row_scale:
         scale = _once(low, weight, "scale", weight.scale)
         return emit.op("mul", x=found, y=rows_of(scale.reshape(-1, 1)))
@@ -80,8 +79,7 @@ def _product(low: Lowering, x: Var, weight: Weight, rows: slice, bias: Array | N
         return _conv(low, x, _kernel(_once(low, weight, "dense", weight.dense)[rows]), bias)
     if weight.kind == "int8":
         return _int8(low, x, weight, rows, bias)
-    indices, levels = _once(low, weight, "table", weight.table)
-    q = low.emit.lut_weight(_kernel(indices[rows]), _levels_of(levels, weight, rows), weight.bits)
+    q = _looked_up(low, weight, rows, _kernel)
     if weight.kind == "low-rank":
         return _by_rank(low, x, q, weight, rows, bias)
     if not weight.row_scale:
@@ -89,6 +87,15 @@ def _product(low: Lowering, x: Var, weight: Weight, rows: slice, bias: Array | N
     scale = _once(low, weight, "scale", weight.scale)[rows]
     scaled = low.emit.op("mul", x=_conv(low, x, q, None), y=scale.reshape(1, -1, 1, 1))
     return _plus(low, scaled, bias)
+
+
+def _looked_up(low: Lowering, weight: Weight, rows: slice, shaped: Callable[[Array], Array]) -> Var:
+    """Q of these rows; ``shaped`` gives the indices the axes that it shall have."""
+    indices, levels = _once(low, weight, "table", weight.table)
+    if weight.vector > 1:
+        part = slice(rows.start // weight.vector, rows.stop // weight.vector)
+        return low.emit.vector_weight(shaped(indices[part]), levels, weight.bits)
+    return low.emit.lut_weight(shaped(indices[rows]), _levels_of(levels, weight, rows), weight.bits)
 
 
 def _int8(low: Lowering, x: Var, weight: Weight, rows: slice, bias: Array | None) -> Var:

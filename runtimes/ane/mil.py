@@ -158,6 +158,12 @@ class MilEmitter:
         lut = table.reshape(groups, *(1,) * (indices.ndim - 1), 1 << bits, 1)
         return self.op("constexpr_lut_to_dense", indices=self._narrow(indices, bits), lut=lut)
 
+    def vector_weight(self, indices: Array, table: Array, bits: int) -> Var:
+        entries, width = table.shape
+        full = np.concatenate([table, np.repeat(table[-1:], (1 << bits) - entries, axis=0)])
+        lut = full.reshape(*(1,) * indices.ndim, 1 << bits, width)
+        return self.op("constexpr_lut_to_dense", indices=self._narrow(indices, bits), lut=lut, vector_axis=0)
+
     def int8_weight(self, values: Array, scale: Array) -> Var:
         return self.op("constexpr_blockwise_shift_scale", data=values, scale=scale)
 

@@ -230,8 +230,8 @@ def _part(plan: Plan, part: Part, file: str) -> dict[str, Any]:
     if shape is not None:
         found["cache"] = {"name": NAME, "shape": list(shape)}
     if part.role == "head":
-        rows, most = plan.weights[_head(part)].rows, plan.settings.profile.head_rows
-        found["logits"] = [min(most, rows - start) for start in range(0, rows, most)]
+        pieces = plan.weights[_head(part)].pieces(plan.settings.profile.head_rows)
+        found["logits"] = [piece.stop - piece.start for piece in pieces]
     return found
 
 

@@ -118,10 +118,17 @@ def unscaled(weight: Weight, x: Tensor) -> Tensor | None:
     if weight.kind not in ("lut", "low-rank") or not (weight.rank or weight.row_scale):
         return None
     indices, levels = (torch.from_numpy(part) for part in weight.table())
-    tables = levels.float().repeat_interleave(weight.rows // weight.tables, 0)
-    kernel = tables.expand(weight.rows, -1).gather(1, indices.long())
+    kernel = _values(weight, indices, levels.float())
     scales = torch.from_numpy(weight.factors()[1]).float() if weight.rank else torch.ones(1, weight.columns)
     return torch.stack([((x * b) @ kernel.T).abs().amax(0) for b in scales]).amax(0)
+
+
+def _values(weight: Weight, indices: Tensor, levels: Tensor) -> Tensor:
+    """What the indices of a LUT stand for, f32 [rows, columns]."""
+    if weight.vector > 1:
+        return levels[indices.long()].movedim(-1, 1).reshape(weight.rows, weight.columns)
+    tables = levels.repeat_interleave(weight.rows // weight.tables, 0)
+    return tables.expand(weight.rows, -1).gather(1, indices.long())
 
 
 class _Watcher(Streaming):

@@ -2,7 +2,8 @@
 
     fp16       W                     2 bytes a weight
     int8       Q * s                 one scale a row, part of the weight
-    lut        lut[index]            and perhaps a scale a row, multiplied with what comes out
+    lut        lut[index]            and perhaps a scale a row, multiplied with what comes out; an index may stand for
+                                     the weights of several rows
     low-rank   lut[index] * (A B)    ranks are multiplied with what goes in and what comes out
 
 Ternary weights are a LUT of -1, 0 and 1 in 2 bits, with their scales by row, or as many ranks as a row has groups.
@@ -60,6 +61,8 @@ class Weight:
     tables: int = 1
     rank: int = 0
     row_scale: bool = False
+    vector: int = 1
+    """Rows whose weights an index stands for."""
 
     def bytes(self) -> int:
         """What its values come to in a package, padding and file headers apart."""
@@ -67,7 +70,8 @@ class Weight:
             return 2 * self.rows * self.columns
         if self.kind == "int8":
             return self.rows * self.columns + 2 * self.rows
-        held = -(-self.rows * self.columns * self.bits // 8) + 2 * self.tables * (1 << self.bits)
+        indices = self.rows // self.vector * self.columns
+        held = -(-indices * self.bits // 8) + 2 * self.tables * self.vector * (1 << self.bits)
         return held + 2 * self.rank * (self.rows + self.columns) + (2 * self.rows if self.row_scale else 0)
 
     def dense(self) -> Array:
@@ -92,10 +96,16 @@ class Weight:
         return sides["indices"].numpy(), fp16(scale * lift, f"{self.name}.scale"), lift
 
     def table(self) -> tuple[Array, Array]:
-        """Of a LUT: u8 indices [rows, columns] and fp16 levels [tables, levels]."""
+        """Of a LUT: u8 indices [rows / vector, columns]; fp16 levels [tables, levels], or vectors [levels, vector]."""
         sides = self._sides()
-        levels = fp16(sides["lut"].reshape(self.tables, self.levels), f"{self.name}.lut")
+        shape = (self.tables, self.levels) if self.vector == 1 else (self.levels, self.vector)
+        levels = fp16(sides["lut"].reshape(shape), f"{self.name}.lut")
         return unpack_bits(sides["indices"], self.bits, self.columns).numpy(), levels
+
+    def pieces(self, most: int) -> list[slice]:
+        """All rows, at most so many at a time, without parting a vector."""
+        step = most - most % self.vector
+        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def scale(self) -> Array:
         """Of a LUT with a scale a row: fp16 [rows]."""
@@ -134,6 +144,8 @@ def weight_of(graph: Graph, node: fx.Node, reader: str) -> Weight:
         return Weight(graph, weight_name(Site(graph, node)), "int8", rows, columns, node, bits=8)
     if op in ("qc.dequantize_lut", "qc.linear_lut_factored"):
         return _lut(graph, node, reader)
+    if op == "qc.dequantize_vector_lut":
+        return _vectors(graph, node)
     if op == "qc.dequantize_ternary":
         return _ternary(graph, node)
     raise _not_stored(graph, node, op, reader)
@@ -148,6 +160,17 @@ def _ternary(graph: Graph, node: fx.Node) -> Weight:
     return Weight(
         graph, weight_name(site), kind, rows, columns, node, bits=2, levels=3, rank=rank, row_scale=groups == 1
     )
+
+
+def _vectors(graph: Graph, node: fx.Node) -> Weight:
+    site = Site(graph, node)
+    rows, columns = site.value.shape
+    levels, width = graph.shape(f"{weight_name(site)}.lut")
+    scaled = arguments(site).get("scale") is not None
+    return Weight(
+        graph, weight_name(site), "lut", rows, columns, node,
+        bits=bits_for(levels), levels=levels, row_scale=scaled, vector=width,
+    )  # fmt: skip
 
 
 def _lut(graph: Graph, node: fx.Node, reader: str) -> Weight:
@@ -184,7 +207,7 @@ def _not_stored(graph: Graph, node: fx.Node, op: str, reader: str) -> QcError:
         what = f"{name} is {kind} with a scale every few columns, which the Neural Engine cannot keep packed"
         fix = "dequantize it before the export, or quantize it with scheme: lut or int8"
         return QcError(what, site=reader, fix=fix)
-    if op == "qc.fake_quantize_lut":
+    if op in ("qc.fake_quantize_lut", "qc.fake_quantize_vector_lut"):
         what = f"{weight_name(Site(graph, node))} is still a float weight that is packed anew each time it is read"
         return QcError(what, site=reader, fix="run freeze-q before the export")
     if op == "qc.fake_quantize_ternary":

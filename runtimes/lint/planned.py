@@ -10,6 +10,7 @@ from runtimes.ane.parts import Part
 from runtimes.ane.plan import Plan
 from runtimes.ane.weights import Weight
 from runtimes.lint.rules import RULES
+from runtimes.lint.weights import unfit_vectors
 
 
 def planned(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -53,7 +54,7 @@ def _lengths(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_weight(plan: Plan, part: Part, weight: Weight) -> Iterator[tuple[str, str]]:
-    """S2, W1, W3, W5 and W6 for a weight that a convolution multiplies with."""
+    """S2, W1, W2, W3, W5 and W6 for a weight that a convolution multiplies with."""
     profile = plan.settings.profile
     rows = min(weight.rows, profile.head_rows) if part.role == "head" else weight.rows
     longest = max(rows, weight.columns)
@@ -66,7 +67,9 @@ def _of_weight(plan: Plan, part: Part, weight: Weight) -> Iterator[tuple[str, st
         return
     if weight.tables > 1:
         yield "W3", f"{weight.tables} tables"
-    if weight.bits not in profile.lut_bits:
+    if weight.vector > 1:
+        yield from (("W2", found) for found in unfit_vectors(weight.bits, weight.vector))
+    elif weight.bits not in profile.lut_bits:
         yield "W5", f"{weight.bits}-bit indices; {profile.name} streams {', '.join(map(str, profile.lut_bits))}"
     if weight.bits in (3, 6):
         yield "W6", f"{weight.bits}-bit indices"

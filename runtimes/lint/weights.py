@@ -50,6 +50,14 @@ def _lookups(subject: Subject) -> Iterator[tuple[Operation, list[int], int, int]
             yield op, groups, int(math.log2(entries)), width
 
 
+def unfit_vectors(bits: int, width: int) -> Iterator[str]:
+    """What keeps a table of vectors off the engine, by its size."""
+    if width > _WIDTH:
+        yield f"a vector table {width} wide"
+    if 2**bits * width > _TABLE:
+        yield f"a vector table of {2**bits * width} values"
+
+
 @check("W2")
 def groups(subject: Subject) -> Found:
     for op, runs, bits, width in _lookups(subject):
@@ -60,11 +68,10 @@ def groups(subject: Subject) -> Found:
             wrong = {
                 "grouped": math.prod(runs) > 1,
                 f"along axis {axis}": axis != 0,
-                f"{width} wide": width > _WIDTH,
-                f"of {2**bits * width} values": 2**bits * width > _TABLE,
             }
             for what in (what for what, broken in wrong.items() if broken):
                 yield op.name, f"a vector table {what}"
+            yield from ((op.name, found) for found in unfit_vectors(bits, width))
     for op in subject.ops(*_SCALES):
         scale = subject.type_of(op, "scale")
         runs = [n or 1 for n in scale.shape] if scale is not None else []

@@ -1,7 +1,7 @@
 """What a linear or an embedding multiplies with, as packed in the file as ONNX can hold it.
 
     int8, int2 … int6, fp8   DequantizeLinear(codes, scale), by row or by block; ternary too, as integers of 2 bits
-    nf4, fp4, lut, nvfp4, …  Gather(levels, codes), times scales by block or of low rank
+    nf4, fp4, lut, nvfp4, …  Gather(levels, codes), times scales by block or of low rank; levels may be vectors
 
 A linear reads its weight [in, out]: so it lies in the file, unless something else reads it too. ONNX has integers of 2,
 4 and 8 bits; others lie in the next wider ones. ``DequantizeLinear`` computes in the dtype of its scales,
@@ -101,6 +101,8 @@ class _Weight:
             return self._four_bit()
         if op == "qc.dequantize_lut":
             return self._lut()
+        if op == "qc.dequantize_vector_lut":
+            return self._vectors()
         if op == "qc.dequantize_ternary":
             return self._ternary()
         if op == "qc.dequantize_affine":
@@ -123,19 +125,20 @@ class _Weight:
         """[out, …] as the weight lies: turned, or as it is."""
         return value.t().contiguous() if self.turned else value
 
-    def shape(self, columns: int) -> tuple[int, int]:
-        """Of something with so many numbers a row."""
-        return (columns, self.rows) if self.turned else (self.rows, columns)
+    def shape(self, columns: int, rows: int | None = None) -> tuple[int, int]:
+        """Of something with so many numbers a row, and perhaps other rows."""
+        rows = rows or self.rows
+        return (columns, rows) if self.turned else (rows, columns)
 
-    def codes(self, kind: str, load: Callable[[], Tensor]) -> str:
-        """Integers [out, in]; ``load`` gives one a byte."""
+    def codes(self, kind: str, load: Callable[[], Tensor], rows: int | None = None) -> str:
+        """Integers [out, in], or of so many rows; ``load`` gives one a byte."""
         bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}.get(kind, 8)
 
         def data() -> bytes | Array:
             codes = self.lying(load())
             return codes.contiguous().view(torch.uint8).numpy() if bits == 8 else joined(codes & (1 << bits) - 1, bits)
 
-        return self.held("codes", kind, self.shape(self.columns), data)
+        return self.held("codes", kind, self.shape(self.columns, rows), data)
 
     def scales(self, count: int, load: Callable[[], Tensor]) -> str:
         """fp32 scales, so many a row; ``load`` gives [out, count]."""
@@ -157,10 +160,8 @@ class _Weight:
 
     def scaled(self, codes: str, scale: str, columns: int) -> str:
         """Codes times a scale a row (``columns`` 0) or one of so many columns."""
-        more: dict[str, Any] = {"axis": 0 if self.turned == bool(columns) else 1}
-        if columns:
-            more["block_size"] = columns
-        return self.low.op("DequantizeLinear", codes, scale, **more)
+        axis, blocks = 0 if self.turned == bool(columns) else 1, {"block_size": columns} if columns else {}
+        return self.low.op("DequantizeLinear", codes, scale, axis=axis, **blocks)
 
     def looked_up(self, codes: str, levels: str) -> str:
         """The level of each code, fp32. Codes below 32 bits are no indices in ONNX."""
@@ -246,20 +247,33 @@ class _Weight:
     def _lut(self) -> str:
         """Levels of the weight's own, times scales."""
         lut = self.given["lut"].meta["val"]
-        bits, half = bits_for(lut.shape[-1]), bool(self.given.get("fp16"))
-        wide = next(width for width in (2, 4, 8) if width >= bits)
-        codes = self.codes(f"UINT{wide}", lambda: unpack_bits(self.sides()["indices"], bits, self.columns))
-        levels = self.held(
-            "lut", "FLOAT", (lut.numel(),), lambda: plain(_held(self.sides()["lut"], half).reshape(-1), self.name)
-        )
+        half, codes = bool(self.given.get("fp16")), self._indices(bits_for(lut.shape[-1]))
+        levels = self.held("lut", "FLOAT", (lut.numel(),), lambda: self._table(half).reshape(-1))
         q = self.looked_up(codes, levels) if lut.dim() == 1 else self._of_tables(codes, levels, *lut.shape)
         return self.rounded(self._with_scales(q, half))
+
+    def _table(self, half: bool) -> Array:
+        lut = self.sides()["lut"].float()
+        return plain(to_fp16(lut) if half else lut, self.name)
+
+    def _indices(self, bits: int, rows: int | None = None) -> str:
+        wide = next(width for width in (2, 4, 8) if width >= bits)
+        return self.codes(f"UINT{wide}", lambda: unpack_bits(self.sides()["indices"], bits, self.columns), rows)
 
     def _of_tables(self, codes: str, levels: str, tables: int, count: int) -> str:
         """The level of each code, where rows have tables of their own."""
         starts = (torch.arange(self.rows, dtype=torch.int32) // (self.rows // tables) * count)[:, None]
         start = self.held("starts", "INT32", self.shape(1), lambda: self.lying(starts).numpy())
         return self.low.op("Gather", levels, self.low.op("Add", self.low.op("Cast", codes, to="INT32"), start))
+
+    def _vectors(self) -> str:
+        """Vectors of the weight's own, each for several outputs, times scales."""
+        levels, width = map(int, self.given["lut"].meta["val"].shape)
+        half, codes = bool(self.given.get("fp16")), self._indices(bits_for(levels), self.rows // width)
+        table = self.held("lut", "FLOAT", (levels, width), lambda: self._table(half))
+        q = self.looked_up(codes, table)
+        q = q if self.turned else self.low.transpose(q, (0, 2, 1))  # else [groups, in, width]
+        return self.rounded(self._with_scales(self.low.reshape(q, self.shape(self.columns)), half))
 
     def _with_scales(self, q: str, half: bool) -> str:
         """Times nothing, scales by block, or a product of low rank with perhaps a floor."""
@@ -284,7 +298,3 @@ class _Weight:
         sides = self.sides()
         named = {key: sides.get(key) for key in ("scale", "scale_a", "scale_b", "scale_g")}
         return scale_factors(**named, floor=self.given.get("floor"), fp16=half)
-
-
-def _held(lut: Tensor, half: bool) -> Tensor:
-    return to_fp16(lut.float()) if half else lut.float()

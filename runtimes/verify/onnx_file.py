@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graph import Graph
-from graph.formats import Int8, Lut, Scaled, format_of, packed_sites
+from graph.formats import Int8, Lut, Scaled, VectorLut, format_of, packed_sites
 from graph.formats.bits import bits_for
 from graph.formats.four_bit import FourBit
 from graph.formats.scaled import ELEMENTS
@@ -69,7 +69,7 @@ def expected_bytes(graph: Graph, width: int) -> int:
     int8        1 a weight, width a row
     int, fp8    bits / 8 a weight, width a scale
     nf4, fp4    1/2 a weight, 4 a block; the others of four bits likewise
-    lut         bits / 8 a weight, 4 a level, 4 a number of the scales
+    lut         bits / 8 a weight, or a vector, 4 a level, 4 a number of the scales
     """
     total, packed = 0, set()
     for site in packed_sites(graph):
@@ -96,6 +96,9 @@ def _packed_bytes(site: Site, width: int) -> int:
         bits, count = _WIDER[ELEMENTS[form.kind].bits], sizes["scale"].shape[1]
         each = 4 if form.kind in ("nvfp4", "mxfp4") else width
         return int(rows * columns * bits // 8 + each * rows * count)
+    if isinstance(form, VectorLut):
+        indices = rows // form.vector * columns * _WIDER[bits_for(form.levels)] // 8
+        return int(indices + 4 * (sizes["lut"].numel() + (rows if "scale" in sizes else 0)))
     assert isinstance(form, Lut), f"{site.name} is in an unknown format"
     bits = _WIDER[bits_for(sizes["lut"].shape[-1])]
     scales = sum(sizes[key].numel() for key in ("scale", "scale_a", "scale_b") if key in sizes)

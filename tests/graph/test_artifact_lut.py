@@ -52,8 +52,17 @@ def baked() -> Graph:
     return graph
 
 
+def vectors(rounded: bool = False) -> Graph:
+    graph = qwen().copy()
+    options = LutOptions(bits=4, vector=2, scale="channel")
+    apply(QuantizeBase(scheme="lut", lut=options), graph, check=False)
+    if rounded:
+        apply(Snap(select=WEIGHTS), graph, check=False)
+    return graph
+
+
 GRAPHS = {"latent": lambda: lut("latent"), "factored": lambda: lut("factored", rounded=True), "baked": baked,
-          "rank-3": lambda: lut("factored", rank=3)}  # fmt: skip
+          "rank-3": lambda: lut("factored", rank=3), "vectors": vectors, "vectors-baked": lambda: vectors(rounded=True)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,7 @@ def test_another_process_computes_the_same_bits(written: Path) -> None:
         ("factored", "latent", "indices"),
         ("latent", "factored", "latent"),
         ("factored", "rank-3", "scale_a"),
+        ("vectors", "vectors-baked", "q_proj.weight.lut is float16"),
     ],
 )
 def test_the_weights_of_one_form_are_refused_by_the_graph_of_another(

@@ -55,6 +55,11 @@ FORMS: dict[str, Callable[[], Graph]] = {
     "groups": lambda: based(**GROUP),
     "groups, baked": lambda: based(Snap(select=Selector(name="*.weight.*")), **GROUP),
     "a scale a row": lambda: based(scale="channel", rank=None, group=None),
+    "vectors": lambda: based(bits=4, vector=2, scale="channel", rank=None, group=None),
+    "vectors, latent": lambda: based(form="latent", bits=4, vector=2, scale="channel", rank=None, group=None),
+    "vectors, baked": lambda: based(
+        Snap(select=Selector(name="*.weight.*")), bits=4, vector=2, scale="channel", rank=None, group=None
+    ),
     "no scales": lambda: based(scale="none", rank=None, group=None, train="none"),
 }
 

@@ -72,6 +72,48 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "  fix    set lut.train to none, or lut.scale to low-rank",
     ),
     (
+        {"vector": 2},
+        "lut.vector is 2, and lut.scale is low-rank: rows of vectors have one scale, or none\n"
+        "  fix    set lut.scale to channel or none, or take lut.vector out",
+    ),
+    (
+        {"vector": 2, "scale": "group", "group": 16},
+        "lut.vector is 2, and lut.scale is group: rows of vectors have one scale, or none\n"
+        "  fix    set lut.scale to channel or none, or take lut.vector out",
+    ),
+    (
+        {"vector": 2, "preset": "q2a4"},
+        "lut.vector is 2, and lut.preset q2a4 has low-rank scales\n"
+        "  fix    give lut.bits and lut.scale: channel in the place of lut.preset",
+    ),
+    (
+        {"vector": 4, "bits": 8, "scale": "channel"},
+        "lut.vector 4 with 8 bits is a table of 1024 numbers, and 256 fit\n  fix    set lut.bits to at most 6",
+    ),
+    (
+        {"vector": 16, "bits": 6, "scale": "channel"},
+        "lut.vector 16 with 6 bits is a table of 1024 numbers, and 256 fit\n  fix    set lut.bits to at most 4",
+    ),
+    (
+        {"vector": 2, "levels": "uniform", "scale": "none", "train": "none"},
+        "lut.levels is uniform, and vectors are fitted\n  fix    take lut.levels out, or lut.vector",
+    ),
+    (
+        {"vector": 2, "fit": "absmax", "scale": "channel"},
+        "lut.fit is absmax, and scales of vectors are those of least squared error\n"
+        "  fix    take lut.fit out, or lut.vector",
+    ),
+    (
+        {"vector": 2, "symmetric": True, "scale": "channel"},
+        "lut.symmetric is true, and vectors do not come in pairs of both signs\n"
+        "  fix    take lut.symmetric out, or lut.vector",
+    ),
+    (
+        {"vector": 2, "rows_per_lut": 16, "scale": "channel"},
+        "lut.rows_per_lut is 16, and of vectors there is one table for the whole weight\n"
+        "  fix    take lut.rows_per_lut out, or lut.vector",
+    ),
+    (
         {"rank": 9, "group": 4},
         "lut.rank 9 is more than the 8 groups of 4 columns of up.weight\n"
         "  site   up\n  fix    set lut.rank to at most 8, or lut.group to at most 3",
@@ -109,6 +151,15 @@ def test_the_rank_of_scales_cannot_be_above_the_number_of_rows() -> None:
         apply(QuantizeBase(scheme="lut", select=EVERY, lut=LutOptions(rank=5, group=8)), graph)
     assert str(caught.value) == (
         "lut.rank 5 is more than the 4 rows of weight\n  site   linear\n  fix    set lut.rank to at most 4"
+    )
+
+
+def test_vectors_divide_the_rows() -> None:
+    graph = capture_module(nn.Linear(64, 12), torch.randn(3, 64))
+    with pytest.raises(QcError) as caught:
+        apply(QuantizeBase(scheme="lut", select=EVERY, lut=LutOptions(vector=8, scale="channel")), graph)
+    assert str(caught.value) == (
+        "lut.vector 8 does not divide the 12 rows of weight\n  site   linear\n  fix    set it to 4, or exclude it"
     )
 
 

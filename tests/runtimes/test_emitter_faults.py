@@ -55,6 +55,7 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "as many keys": lambda: decoder_graph(**ONE, num_key_value_heads=4),
     "lut": lambda: quantized(decoder_graph(**ONE), "lut", bits=4, scale="channel"),
     "tables": lambda: quantized(decoder_graph(**ONE), "lut", bits=2, scale="channel", rows_per_lut=16),
+    "vectors": lambda: quantized(decoder_graph(**ONE), "lut", bits=4, vector=2, scale="channel"),
     "low-rank": lambda: quantized(decoder_graph(**ONE), "lut", bits=2, rank=4, group=8),
     "int8": lambda: quantized(decoder_graph(**ONE), "int8"),
     "small int8": _small_int8,
@@ -220,6 +221,49 @@ def _pairs_swapped(found: Any) -> Any:
     return np.ascontiguousarray(indices.reshape(len(indices), -1, 2)[:, :, ::-1].reshape(indices.shape)), levels
 
 
+def _vectors(change: Callable[[Any, Any], tuple[Any, Any]], axis: int = 0) -> Change:
+    """Vectors written otherwise: indices and table changed, or along another axis."""
+
+    def changed(original: Any) -> Any:
+        def vector_weight(emitter: Any, indices: Any, table: Any, bits: int) -> Any:
+            indices, table = change(indices, table)
+            lut = np.ascontiguousarray(table).reshape(1, 1, 1, 1, *table.shape)
+            narrow = emitter._narrow(np.ascontiguousarray(indices), bits)
+            return emitter.op("constexpr_lut_to_dense", indices=narrow, lut=lut, vector_axis=axis)
+
+        return vector_weight
+
+    return changed
+
+
+def _along_the_inputs(indices: Any, table: Any) -> tuple[Any, Any]:
+    groups, columns, width = indices.shape[0], indices.shape[1], table.shape[1]
+    return indices.reshape(groups * width, columns // width, 1, 1), table
+
+
+def _apart(original: Any) -> Any:
+    """The rows of a vector lie half a weight apart: row v of vector i is row v * out / V + i."""
+
+    def vector_weight(emitter: Any, indices: Any, table: Any, bits: int) -> Any:
+        dense = original(emitter, indices, table, bits)
+        rows = np.arange(dense.shape[0]).reshape(-1, table.shape[1]).T.reshape(-1)
+        return emitter.constant(dense.op.materialized_val_inference()[rows])
+
+    return vector_weight
+
+
+def _stale(original: Any) -> Any:
+    """Every weight is written with the table of the first."""
+    first: list[Any] = []
+
+    def table(weight: Weight) -> Any:
+        indices, levels = original(weight)
+        first.append(levels)
+        return indices, first[0]
+
+    return table
+
+
 HALF_HEAD = (target, "load_profile", lambda original: lambda chip: replace(load_profile(chip), head_rows=50))
 
 FAULTS: dict[str, Fault] = {
@@ -234,6 +278,12 @@ FAULTS: dict[str, Fault] = {
     "levels are in another order": Fault([(Weight, "table", _after(lambda found: (found[0], found[1][:, ::-1])))], "lut"),
     "neighbouring indices change places": Fault([(Weight, "table", _after(_pairs_swapped))], "lut"),
     "rows read the table of others": Fault([(linear, "_levels_of", _after(lambda levels: np.roll(levels, 1, 0)))], "tables"),
+    "vectors lie along the inputs": Fault([(mil.MilEmitter, "vector_weight", _vectors(_along_the_inputs, axis=1))], "vectors"),
+    "the values of a vector change places": Fault([(mil.MilEmitter, "vector_weight", _vectors(lambda indices, table: (indices, table[:, ::-1])))], "vectors"),
+    "the table of vectors is read the wrong way round": Fault([(mil.MilEmitter, "vector_weight", _vectors(lambda indices, table: (indices, table.reshape(-1, len(table)).T)))], "vectors"),
+    "the rows of a vector lie apart": Fault([(mil.MilEmitter, "vector_weight", _apart)], "vectors"),
+    "all weights have the table of the first": Fault([(Weight, "table", _stale)], "vectors"),
+    "the scales of vectors are lost": Fault([(Weight, "scale", _after(np.ones_like))], "vectors"),
     "the ranks of one factor are reversed": Fault([(Weight, "factors", _after(lambda found: (found[0], found[1][::-1])))], "low-rank"),
     "scales of int8 are those of 128 steps": Fault([(Weight, "integers", _after(lambda found: (found[0], found[1] * np.float16(127 / 128), found[2])))], "int8"),
     "what was held larger stays larger": Fault([(linear, "_lowered", _instead(lambda low, y, lift: y))], "small int8"),
@@ -261,7 +311,12 @@ FAULTS: dict[str, Fault] = {
     "position biases are turned over": Fault([(packages, "_biases", _after(lambda found: {n: b.swapaxes(2, 3).copy() for n, b in found.items()}))], "mpnet"),
 }  # fmt: skip
 
-QUICK = ("the rotation turns the other way", "the position is always the first", "biases are lost")
+QUICK = (
+    "the rotation turns the other way",
+    "the position is always the first",
+    "biases are lost",
+    "vectors lie along the inputs",
+)
 
 
 @pytest.mark.usefixtures("same_process")

@@ -50,6 +50,12 @@ class Executor:
             np.take_along_axis(table, indices.reshape(indices.shape[0], -1), 1).reshape(indices.shape)
         )
 
+    def vector_weight(self, indices: Array, table: Array, bits: int) -> Tensor:
+        self.ops.append("constexpr_lut_to_dense")
+        assert indices.max() < 1 << bits
+        rows = [table.astype(np.float32)[indices, v] for v in range(table.shape[1])]
+        return torch.from_numpy(np.stack(rows, 1).reshape(-1, *indices.shape[1:]))
+
     def int8_weight(self, values: Array, scale: Array) -> Tensor:
         self.ops.append("constexpr_blockwise_shift_scale")
         return tensor(values) * tensor(scale)

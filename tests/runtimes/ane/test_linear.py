@@ -79,6 +79,10 @@ INT8 = "constexpr_blockwise_shift_scale"
         (given("lut", bits=3, scale="channel"), [LUT, "conv", "mul"], []),
         (given("lut", bits=3, scale="channel", bias=True), [LUT, "conv", "mul", "add"], []),
         (given("lut", bits=2, scale="channel", rows_per_lut=16), [LUT, "conv", "mul"], []),
+        (given("lut", bits=4, vector=2, scale="channel"), [LUT, "conv", "mul"], []),
+        (given("lut", bits=6, vector=4, scale="channel", bias=True), [LUT, "conv", "mul", "add"], []),
+        (given("lut", bits=4, vector=16, scale="none", train="none"), [LUT, "conv"], []),
+        (given("lut", bits=4, vector=2, scale="channel", baked=True), [LUT, "conv", "mul"], []),
         (given("lut", bits=4, rank=1, group=8), [LUT, "mul", "conv", "conv"], ["reshape", "reshape"]),
         (given("lut", bits=2, rank=8, group=8), [LUT, "mul", "conv", "conv"], ["reshape", "reshape"]),
         (given("lut", bits=2, rank=8, group=8, bias=True), [LUT, "mul", "conv", "conv", "add"], ["reshape"] * 2),
@@ -127,6 +131,17 @@ def test_indices_and_levels_are_those_of_the_graph() -> None:
     assert torch.equal(pack_bits(torch.from_numpy(indices), 3), packed_bits)
 
 
+def test_vectors_are_those_of_the_graph_and_no_piece_of_a_head_parts_one() -> None:
+    graph = packed("lut", bits=4, vector=4, scale="channel")
+    found = weight(graph)
+    indices, table = found.table()
+    assert (indices.shape, table.shape) == ((12, 64), (16, 4))
+    name = graph.sites("qc.dequantize_vector_lut")[0].name.removesuffix("/dequantize")
+    assert (table == graph.tensor(f"{name}.lut").detach().numpy()).all()
+    assert torch.equal(pack_bits(torch.from_numpy(indices), 4), graph.tensor(f"{name}.indices"))
+    assert [(piece.start, piece.stop) for piece in found.pieces(18)] == [(0, 16), (16, 32), (32, 48)]
+
+
 def test_factors_are_rounded_as_the_factored_linear_declares() -> None:
     from graph.formats.lut_linear import linear_lut_factored
     from graph.formats.stored import packed_tensors
@@ -160,6 +175,12 @@ def test_factors_are_rounded_as_the_factored_linear_declares() -> None:
             "  site   0\n"
             "  fix    run freeze-q before the export",
         ),
+        (
+            given("lut", bits=4, vector=2, scale="channel", form="latent", train="weights"),
+            "0.weight is still a float weight that is packed anew each time it is read\n"
+            "  site   0\n"
+            "  fix    run freeze-q before the export",
+        ),
     ],
 )
 def test_what_cannot_stay_packed_is_an_error(make: Callable[[], Graph], text: str) -> None:
@@ -183,7 +204,15 @@ def test_scales_with_a_floor_are_an_error() -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{"bits": 3, "scale": "channel"}, {"bits": 2, "rank": 8, "group": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "scale": "channel"},
+        {"bits": 2, "rank": 8, "group": 8},
+        {"bits": 4, "vector": 2, "scale": "channel"},
+        {"bits": 6, "vector": 4, "scale": "channel"},
+    ],
+)
 def test_the_bytes_of_a_weight_follow_from_its_shape(options: dict[str, Any]) -> None:
     found = weight(packed("lut", **options))
     indices, levels = found.table()

@@ -128,6 +128,7 @@ def seedling() -> Graph:
         ("int8", {}),
         ("lut", {"bits": 4, "scale": "channel"}),
         ("lut", {"preset": "q2a4", "group": 8}),
+        ("lut", {"bits": 4, "vector": 2, "scale": "channel"}),
     ],
 )
 def test_the_seedling_comes_out_as_large_as_its_weights_and_computes_the_same(

@@ -200,6 +200,7 @@ def test_values_are_taken_from_a_graph_in_fp32_whatever_its_dtype() -> None:
     [
         ({"bits": 2, "rank": 4, "group": 8}, {"lut": 2.0**15, "scale_g": 2.0**-15}),
         ({"bits": 4, "scale": "channel"}, {"lut": 2.0**14, "scale": 2.0**-14}),
+        ({"bits": 4, "vector": 2, "scale": "channel"}, {"lut": 2.0**14, "scale": 2.0**-14}),
     ],
 )
 def test_products_that_only_their_scales_make_small_are_named(
@@ -216,6 +217,20 @@ def test_products_that_only_their_scales_make_small_are_named(
     assert "and ends at 32768 on the Neural Engine" in caught.value.what
     assert caught.value.fix == "quantize it with scale: channel or with fewer ranks, or hold it in fp16"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_product_before_a_scale_is_that_of_vectors() -> None:
+    from runtimes.ane.ranges import unscaled
+    from runtimes.ane.weights import weight_of
+
+    graph = quantized(random("qwen3"), "lut", bits=4, vector=2, scale="channel")
+    site = next(s for s in graph.sites("aten.linear") if s.name == "model.layers.1.mlp.up_proj")
+    weight = weight_of(graph, site.input(1), site.name)
+    x = torch.randn(3, weight.columns)
+    kernel = torch.from_numpy(weight.dense()).double() / torch.from_numpy(weight.scale()).double()[:, None]
+    found = unscaled(weight, x)
+    assert found is not None
+    torch.testing.assert_close(found.double(), (x.double() @ kernel.T).abs().amax(0), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"bits": 2, "rank": 4, "group": 8}, {"bits": 4, "scale": "channel"}])

@@ -46,6 +46,35 @@ def test_indices_that_a_chip_does_not_stream_are_told_and_no_error(graph: Graph)
     assert obstacles(made(graph, M1)) == []
 
 
+@pytest.fixture(scope="module")
+def vectors() -> Graph:
+    from graph.formats import LutOptions
+    from passes.quantize_base import QuantizeBase
+
+    made = decoder_graph(num_hidden_layers=1)
+    QuantizeBase(scheme="lut", lut=LutOptions(bits=4, vector=2, scale="channel")).run(made)
+    made.verify()
+    return made
+
+
+@pytest.mark.parametrize("profile", [M1, M4])
+def test_vectors_along_the_outputs_on_a_table_of_each_tensor_are_no_obstacle(vectors: Graph, profile: Profile) -> None:
+    assert list(planned(made(vectors, profile))) == []
+
+
+def test_a_table_of_vectors_that_is_too_large_is_an_error() -> None:
+    from graph.formats import VectorLut, store_packed
+
+    graph, name = decoder_graph(num_hidden_layers=1), "model.layers.0.mlp.up_proj.weight"
+    form = VectorLut(columns=64, levels=64, vector=8)
+    store_packed(graph, name, form, form.pack(graph.tensor(name)))
+    graph.verify()
+    assert [str(error) for error in obstacles(made(graph, M4))] == [
+        f"{name}: a vector table of 512 values (lint rule W2)\n"
+        f"  site   {name}\n  fix    use one table a tensor and a scale a row"
+    ]
+
+
 def test_axes_and_weights_beyond_the_limits_are_errors(graph: Graph) -> None:
     tight = replace(M4, max_dim=16, max_channels=90, tensor_bytes=1000)
     found = [str(error) for error in obstacles(made(graph, tight))]

@@ -235,6 +235,8 @@ def test_w2_says_what_is_wrong_with_a_vector_table(weight: Any, told: str, tmp_p
     assert [v.found for v in found if v.rule == "W2"] == [told]
 
 
-def test_a_lookup_table_is_no_reason_to_complain(tmp_path: Path) -> None:
-    pair = Pair(lambda x: mb.mul(x=conv(x, lookup()), y=floats(1, 32, 1, 1)), same)
+@pytest.mark.parametrize(("bits", "width"), [(2, 1), (4, 2), (4, 4), (4, 16)])
+def test_a_lookup_table_is_no_reason_to_complain(bits: int, width: int, tmp_path: Path) -> None:
+    shape = (32 // width, 32, 1, 1)
+    pair = Pair(lambda x: mb.mul(x=conv(x, lookup(bits, width=width, shape=shape)), y=floats(1, 32, 1, 1)), same)
     assert broken(tmp_path / "v.mlpackage", pair.bad, pair, pair.inputs) == []

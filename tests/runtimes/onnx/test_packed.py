@@ -22,6 +22,8 @@ from tests.runtimes.onnx.running import difference, written
         ("fp8", {}), ("fp8", {"share": "weight"}), ("mxfp8", {}), ("mxfp4", {}), ("nvfp4", {}),
         ("lut", {"rank": 2, "group": 8}), ("lut", {"bits": 2, "rank": 2, "group": 8}),
         ("lut", {"bits": 3, "scale": "group", "group": 16}), ("lut", {"bits": 6, "rank": 1, "group": 8}),
+        ("lut", {"bits": 4, "vector": 2, "scale": "channel"}),
+        ("lut", {"bits": 3, "vector": 4, "scale": "none", "train": "none"}),
     ],
 )  # fmt: skip
 def test_packed_weights_compute_what_their_graph_does(scheme: str, options: dict[str, Any], tmp_path: Path) -> None:
