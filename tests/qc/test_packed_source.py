@@ -73,6 +73,18 @@ def test_lora_over_a_gptq_checkpoint_is_trained_merged_exported_and_verified(fol
     assert "quantization_config" not in config
 
 
+def test_a_model_that_is_its_own_teacher_is_told_so_before_it_trains(folder: Path) -> None:
+    text = TUNED.replace("MODEL", "tiny").replace("INTO", "dequantized").replace("TARGET", "safetensors")
+    (folder / "own.yaml").write_text(text.replace("steps: 3", "objective: kd, steps: 3"))
+    done = qc("run", "own.yaml", cwd=folder)
+    assert done.code == 1
+    assert done.err.partition("error: ")[2] == (
+        "kd has nothing to teach: no pass has changed what the model computes, and it is the teacher\n"
+        f"  recipe {folder / 'own.yaml'}\n"
+        "  fix    take objective out to learn from the text, or pack the full model with quantize-base in this recipe\n"
+    )
+
+
 @pytest.mark.slow
 def test_an_int4_export_is_tuned_requantized_and_exported_in_int4_again(folder: Path) -> None:
     (folder / "packed.yaml").write_text(PACKED)
