@@ -66,14 +66,16 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
 
 
 def _expect_to_learn(objective: Any, graph: Any, teacher: Any, line: str) -> None:
-    """A student that computes what its teacher does has nothing to learn from it alone."""
+    """A student that computes what its teacher does, in training too, has nothing to learn from it alone."""
     import torch
 
+    from graph.lora_sets import TRAINING
     from graph.probe import probe_inputs
 
-    inputs = probe_inputs(graph, batch=1, length=8)
+    inputs = probe_inputs(teacher, batch=1, length=8)
+    mode = {TRAINING: True} if TRAINING in graph.inputs else {}
     with torch.no_grad():
-        same = getattr(objective, "alpha", 1.0) == 1.0 and torch.equal(graph(**inputs), teacher(**inputs))
+        same = getattr(objective, "alpha", 1.0) == 1.0 and torch.equal(graph(**inputs, **mode), teacher(**inputs))
     if same:
         what = (
             f"{objective.name} has nothing to teach: no pass has changed what the model computes, and it is the teacher"
