@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from graph import text
 from graph.errors import QcError
 from graph.ops import find_op, op_name
+from graph.pages import room
 from graph.shapes import Dims, Shapes
 from graph.sites import Malformed, Site, node_name, set_tag, tag
 from graph.weights import Stored, all_finite
@@ -184,13 +185,16 @@ class Graph:
         """Its dtype in this graph; the value is not read."""
         return self._value(name).dtype
 
-    def tensor(self, name: str) -> Tensor:
-        """Its value: read from the checkpoint if it still lies there, ``meta`` if the graph has no weights at all."""
+    def tensor(self, name: str, place: Callable[[int], Tensor] = room) -> Tensor:
+        """Its value: read from the checkpoint if it still lies there, ``meta`` if the graph has no weights at all.
+
+        What is read lies in bytes that ``place`` gives: pages.py.
+        """
         value = self._value(name)
         source = self.stored.get(name)
         if not value.is_meta or source is None:
             return value
-        read = source.load()
+        read = source.load(place)
         if tuple(read.shape) != tuple(value.shape):
             raise QcError(
                 f"{source.file} holds {source.key} as {list(read.shape)}, the model wants {list(value.shape)}",
@@ -200,6 +204,15 @@ class Graph:
         if not all_finite(value):
             raise _not_finite(source, read, value.dtype)
         return value
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor; of one that still lies in a checkpoint no more than those are read."""
+        value, source = self._value(name), self.stored.get(name)
+        if value.is_meta and source is not None and not source.transposed and source.shape == tuple(value.shape):
+            found = source.rows(start, stop).load().to(self.device, value.dtype)
+            if all_finite(found):
+                return found
+        return self.tensor(name)[start:stop]  # which says what is wrong with it, if there is something
 
     def output_nodes(self) -> list[fx.Node]:
         """The values it returns."""

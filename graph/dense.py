@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from graph.errors import QcError
 from graph.probe import evaluate_constant
 from graph.sites import Site
 from graph.tracing import on_meta
+
+PART = 32 << 20
+"""Bytes of a tensor that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Dense:
 
     transposed: bool
     """The graph has it the other way round."""
+
+    def parts(self) -> list[slice]:
+        """The rows to load at a time, of what is too large to be held as a whole; of all else none."""
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        if self.node is not None or self.transposed or self.shape[0] * row <= PART:
+            return []
+        step = max(1, PART // row)
+        return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
+
+    def load_rows(self, rows: slice) -> Tensor:
+        """Some rows of its value; it has ``parts``."""
+        return self.graph.rows(self.name, rows.start, rows.stop)
 
     def load(self) -> Tensor:
         """Its value, in the shape of the checkpoint."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from graph.ops import op_name
@@ -228,10 +229,18 @@ def _attentions(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]
                 yield mixes[0], [q, k, [a for a in mixes[0].args if isinstance(a, fx.Node)][-1]]
 
 
+_WHOLE = frozenset({
+    "aten.clone", "aten.contiguous", "aten.dropout", "aten.flatten.using_ints", "aten.reshape", "aten.to.dtype",
+    "aten.view", "qc.cast_like", "qc.dropout",
+})  # fmt: skip
+"""Ops that leave every value as it is."""
+
+_STRAIGHT = frozenset({"aten.add.Tensor", "aten.div.Tensor", "aten.mul.Tensor", "aten.neg", "aten.sub.Tensor"})
+
 _MATMUL = frozenset({"aten.matmul", "aten.bmm", "aten.baddbmm"})
 _BETWEEN = frozenset({
-    "aten.add.Tensor", "aten.clamp_min", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.maximum",
-    "aten.softmax.int", "aten.sub.Tensor", "aten.tanh", "aten.type_as", "aten.where.ScalarOther",
+    "aten.add.Tensor", "aten.clamp_min", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.max.other",
+    "aten.maximum", "aten.softmax.int", "aten.sub.Tensor", "aten.tanh", "aten.type_as", "aten.where.ScalarOther",
     "aten.where.ScalarSelf", "aten.where.self",
 })  # fmt: skip
 
@@ -267,6 +276,10 @@ def _name_mlp(down: fx.Node, roles: dict[fx.Node, str]) -> None:
     source = down.args[0]
     if not isinstance(source, fx.Node):
         return
+    up = _bent(source)
+    if up is not None and up not in roles:
+        roles[down], roles[up] = "mlp.down", "mlp.up"
+        return
     behind = {
         linear: through for linear, through in _linears_behind(source, activations=True).items() if linear not in roles
     }
@@ -276,6 +289,31 @@ def _name_mlp(down: fx.Node, roles: dict[fx.Node, str]) -> None:
     for linear, through in behind.items():
         both = through == {True, False}
         roles[linear] = "mlp.gate_up" if both else "mlp.gate" if True in through and len(behind) > 1 else "mlp.up"
+
+
+def _bent(node: fx.Node) -> fx.Node | None:
+    """The linear that a value is an elementwise function of, and of no other, if it is not a sum and product of that.
+
+    Some models write out their activation: GELU with tanh or erf is seven ops that read the linear three times.
+    """
+    found: set[fx.Node] = set()
+    pending, seen, bends = [node], set[fx.Node](), False
+    while pending:
+        here = pending.pop()
+        if here in seen or here.op != "call_function":
+            continue
+        seen.add(here)
+        op = op_name(here.target)
+        if op == "aten.linear":
+            found.add(here)
+        elif op in _WHOLE:
+            pending += here.all_input_nodes[:1]
+        elif torch.Tag.pointwise in getattr(here.target, "tags", ()):
+            bends = bends or op not in _STRAIGHT
+            pending += here.all_input_nodes
+        else:
+            return None
+    return found.pop() if bends and len(found) == 1 else None
 
 
 def _linears_behind(node: fx.Node, activations: bool = False) -> dict[fx.Node, set[bool]]:

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graph.behind import Digest, Flushed
 from graph.errors import QcError
+from graph.pages import room
 
 _NAMES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
@@ -53,10 +55,16 @@ class Stored:
         """The byte behind its last one."""
         return self.start + _bytes(self.shape, self.dtype)
 
-    def load(self) -> Tensor:
-        """Read it, as stored but for ``transposed``."""
+    def rows(self, start: int, stop: int) -> Stored:
+        """Some of its rows, which lie behind one another."""
+        assert not self.transposed, self.key
+        rest = self.shape[1:]
+        return replace(self, shape=(stop - start, *rest), start=self.start + start * _bytes(rest, self.dtype))
+
+    def load(self, place: Callable[[int], Tensor] = room) -> Tensor:
+        """Read it, as stored but for ``transposed``, into bytes that ``place`` gives."""
         size = _bytes(self.shape, self.dtype)
-        data = torch.empty(size, dtype=torch.uint8)
+        data = place(size)
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if not _read_into(file.fileno(), data, self.start):
@@ -169,6 +177,9 @@ class Entry:
     made_with: str | None = None
     """What comes of the same work has the same name here: one thread asks for all of it."""
 
+    pieces: tuple[Entry, ...] = ()
+    """What it is made of, one behind the other, if it is too large to be held: then ``load`` is not called."""
+
     @property
     def bytes(self) -> int:
         return _bytes(self.shape, self.dtype)
@@ -201,7 +212,7 @@ def write(
     where: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         with ThreadPoolExecutor(1) as pool:
-            digest = None if hashes is None else _Digest(pool)
+            digest = None if hashes is None else Digest(pool)
             _write_one(folder / name, shard, digest)
         if hashes is not None and digest is not None:
             hashes[name] = digest.hexdigest()
@@ -213,25 +224,7 @@ def write(
     return where
 
 
-class _Digest:
-    """The sha256 of bytes given one after the other, found by a thread; the last of them are held until then."""
-
-    def __init__(self, pool: ThreadPoolExecutor):
-        self.pool, self.found = pool, hashlib.sha256()
-        self.last = pool.submit(self.found.update, b"")
-
-    def update(self, data: Any) -> None:
-        """Go on with ``data``, once what came before is through."""
-        self.last.result()
-        self.last = self.pool.submit(self.found.update, data)
-
-    def hexdigest(self) -> str:
-        """Of all that was given."""
-        self.last.result()
-        return self.found.hexdigest()
-
-
-def _write_one(path: Path, entries: list[Entry], digest: _Digest | None) -> None:
+def _write_one(path: Path, entries: list[Entry], digest: Digest | None) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
@@ -243,20 +236,21 @@ def _write_one(path: Path, entries: list[Entry], digest: _Digest | None) -> None
         at += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
+        flushed = Flushed(file, pool)
         for data in chain([struct.pack("<Q", len(text)) + text], _values(entries)):
             if digest is not None:
                 digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+            flushed.write(data)
+        flushed.close()
 
 
 def _values(entries: list[Entry]) -> Iterator[Any]:
     """The bytes of each, some tensors ahead of their turn: most are packed on the way out."""
     from graph.formats.ahead import worked_ahead
 
-    together = (list(group) for _, group in groupby(entries, lambda entry: entry.made_with or entry.name))
+    pieces = chain.from_iterable(entry.pieces or (entry,) for entry in entries)
+    together = (list(group) for _, group in groupby(pieces, lambda entry: entry.made_with or entry.name))
     made = worked_ahead(lambda group: [*map(_value_of, group)], together, min(torch.get_num_threads(), AT_ONCE))
     return chain.from_iterable(made)
 

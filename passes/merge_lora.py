@@ -12,6 +12,7 @@ would; the report has both, and the share of every linear.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,8 @@ from graph.lora_sets import Update, detach, set_names, updates
 from passes.base import Close, Lossy, Pass, Report
 
 CLOSE = Close(atol=1e-4, rtol=1e-4)
-OTHER_BASE = Lossy(min_psnr_db=10.0, min_weight_snr_db=0.0)
+OTHER_BASE = Lossy(min_psnr_db=10.0, min_weight_snr_db=-math.inf)
+"""Outputs are held, and not weights: an update may be larger than what it was added to."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
         what = f"{stage.train.objective.name} needs one model as the teacher, and the recipe has several"
         raise QcError(what, line=str(recipe.file), fix="set objective to causal-lm, and take layerwise out")
     teacher = start_of(str(recipe.model), compiled.graph.dtype) if taught else None
+    if teacher is not None and stage.train.layerwise is None:
+        _expect_to_learn(stage.train.objective, graph, teacher, str(recipe.file))
     settings = with_cache(stage.train, recipe, run.folder.parent.parent, tell)
     report = train(
         graph, settings, tokenizer=compiled.load_tokenizer(), memory_tokenizer=compiled.load_memory_tokenizer(),
@@ -61,6 +63,25 @@ def train_stage(run: Run, recipe: Recipe, stage: Stage, *, tell: Tell) -> Path:
         run.measure(step_name(stage, "trained"), seconds=time.perf_counter() - start, **figures)
     _wait()
     return folder / "trained"
+
+
+def _expect_to_learn(objective: Any, graph: Any, teacher: Any, line: str) -> None:
+    """A student that computes what its teacher does, in training too, has nothing to learn from it alone."""
+    import torch
+
+    from graph.lora_sets import TRAINING
+    from graph.probe import probe_inputs
+
+    inputs = probe_inputs(teacher, batch=1, length=8)
+    mode = {TRAINING: True} if TRAINING in graph.inputs else {}
+    with torch.no_grad():
+        same = getattr(objective, "alpha", 1.0) == 1.0 and torch.equal(graph(**inputs, **mode), teacher(**inputs))
+    if same:
+        what = (
+            f"{objective.name} has nothing to teach: no pass has changed what the model computes, and it is the teacher"
+        )
+        fix = "take objective out to learn from the text, or pack the full model with quantize-base in this recipe"
+        raise QcError(what, line=line, fix=fix)
 
 
 def spare_stage(run: Run, stage: Stage, compiled: Path, tell: Tell) -> Path | None:

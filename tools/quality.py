@@ -37,6 +37,9 @@ class Case:
     overrides: tuple[str, ...] = ()
 
 
+FEEDBACK = ("scales.calibrate.covariance=true",)
+"""Errors of one column are made good by others."""
+
 CASES = (
     Case("q4a4", "lut-v2-scratch", {"scales": 1}, ("base.lut.preset=q4a4",)),
     Case("q2a4 (workflow B)", "lut-v2-scratch", {"scales": 1}),
@@ -49,6 +52,9 @@ CASES = (
         {"scales": 1},
         ("base.lut.levels=uniform", "base.lut.fit=absmax"),
     ),
+    Case("q4a4, rounded with feedback", "lut-v2-scratch", {"scales": 1}, ("base.lut.preset=q4a4", *FEEDBACK)),
+    Case("q2a4, rounded with feedback", "lut-v2-scratch", {"scales": 1}, FEEDBACK),
+    Case("q2a2, rounded with feedback", "lut-v2-scratch", {"scales": 1}, ("base.lut.preset=q2a2", *FEEDBACK)),
 )
 
 
@@ -179,12 +185,12 @@ def main() -> None:
     for seed in said.seeds:
         for case in cases:
             rows[case.name].append(run_case(case, seed, said.steps, said.runs))
-    text = f"{table(rows)}\n\n{verdicts(rows, said.steps)}"
+    text = f"{table(rows)}\n\n{verdicts(rows, said.steps)}".rstrip()
     print(text)
     if said.write:
-        from tools.bench.tables import replace_table
+        from tools.bench.tables import replace_table, with_other_rows
 
-        replace_table("quality", text)
+        replace_table("quality", with_other_rows("quality", text) if said.only else text)
 
 
 if __name__ == "__main__":

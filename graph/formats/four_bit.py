@@ -19,7 +19,7 @@ from graph.errors import QcError
 from graph.formats import native
 from graph.formats.format import Call, Rows, V, chunks, has_data
 from graph.formats.kernels import kernels
-from graph.formats.scales_of import in_fp32
+from graph.formats.scales_of import as_c_reads
 from graph.ops import op
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -70,9 +70,8 @@ class FourBit:
         absmax = w.new_empty((rows, columns // self.block), dtype=torch.float32)
         if has_data(w):
             for part in chunks(w):
-                if self.kind == "nf4" and native.encode_levels(
-                    in_fp32(w[part]), _bounds(), absmax[part], indices[part]
-                ):
+                read = as_c_reads(w[part])
+                if self.kind == "nf4" and native.encode_levels(read, _bounds(), absmax[part], indices[part]):
                     continue
                 packed, largest = kernels().quantize_4bit.default(w[part], self.block, self.kind, torch.uint8)
                 indices[part], absmax[part] = packed.view(-1, columns // 2), largest.view(-1, columns // self.block)

@@ -10,6 +10,11 @@ import threading
 import torch
 from torch import Tensor
 
+from graph.pages import room
+
+LENT = 64 << 20
+"""Bytes that a thread keeps at most of what it read."""
+
 
 def release_freed() -> None:
     """Return the pages of freed tensors to the system.
@@ -46,3 +51,13 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         with torch.inference_mode(False):  # memory made in that mode could not be written to outside it
             kept = _KEPT.rooms[name] = torch.empty(size, dtype=dtype)
     return kept[:size].view(shape)
+
+
+def lent(size: int) -> Tensor:
+    """Bytes on the CPU to read to, for what is looked at and dropped: they last until the same thread asks again.
+
+    As with ``scratch`` they are the same each time, if there are not too many of them.
+    """
+    if size > LENT:
+        return room(size)
+    return scratch("lent", (size,), torch.uint8, torch.device("cpu"))

@@ -1,7 +1,7 @@
 """Packing in C, where the machine has a compiler: one pass over a weight instead of a dozen, to the same bytes.
 
 ``packing.c``, ``ternary.c`` and ``fitting.c`` are built once for a machine and kept in the user's cache. Without a
-compiler, on other devices and for weights that are not fp32, the torch ops do the work:
+compiler, on other devices and for weights that are not fp32, bf16 or fp16, the torch ops do the work:
 docs/decisions/0009-packing-in-c.md.
 """
 
@@ -26,6 +26,10 @@ from torch import Tensor
 from graph.formats.memory import scratch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("packing.c", "ternary.c", "fitting.c"))
+HEADERS = (Path(__file__).with_name("reading.h"),)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights that are packed as they are, as ``reading.h`` numbers them. Of all else they are f32."""
 
 ENCODED = ("e4m3", "e2m1", "int2", "int4", "int8")
 """The elements whose codes it makes."""
@@ -42,8 +46,8 @@ _SECONDS = 60
 _LOADING = Lock()
 _left = False
 
-_RULES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
-"""The dtypes of scales, as ``packing.c`` numbers them."""
+_RULES = (*FLOATS, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+"""The dtypes of scales, as ``reading.h`` numbers them."""
 
 
 class Scales(NamedTuple):
@@ -61,42 +65,43 @@ class Scales(NamedTuple):
 
 def reads(w: Tensor) -> bool:
     """Whether it works on weights like this one."""
-    return _fits(w) and _library() is not None
+    return _fits(FLOATS, w) and _library() is not None
 
 
 def magnitudes(w: Tensor, columns: int, out: Tensor) -> bool:
     """Write the largest magnitude of every ``columns`` columns; False where that is left to torch.
 
-    w: f32 [out, in]    out: f32 [out, in / columns]
+    w: float [out, in]    out: f32 [out, in / columns]
     """
-    return _call("magnitudes", (w, out), at(w), out.numel(), columns, at(out))
+    return _packed("magnitudes", (w, out), out.numel(), columns, at(out))
 
 
 def encode(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
     """Write the codes of ``w / scale``; False where that is left to torch.
 
-    w: f32 [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
+    w: float [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
     """
-    groups = scale.numel()
-    name = f"encode_{element}"
-    return element in ENCODED and _call(name, (w, scale, out), at(w), at(scale), groups, w.numel() // groups, at(out))
+    return element in ENCODED and _under(f"encode_{element}", w, scale, out)
 
 
 def nearest(element: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
     """Write what the codes of ``w / scale`` stand for; False where that is left to torch.
 
-    w, out: f32 [rows, columns]    scale: f32 [rows, groups]
+    w: float [rows, columns]    scale: f32 [rows, groups]    out: f32 [rows, columns]
     """
-    groups = scale.numel()
-    name = f"nearest_{element}"
     fits = element in NEAREST and out.dtype == torch.float32
-    return fits and _call(name, (w, scale, out), at(w), at(scale), groups, w.numel() // groups, at(out))
+    return fits and _under(f"nearest_{element}", w, scale, out)
+
+
+def _under(name: str, w: Tensor, scale: Tensor, out: Tensor) -> bool:
+    groups = scale.numel()
+    return _packed(name, (w, scale, out), at(scale), groups, w.numel() // groups, at(out))
 
 
 def pack(element: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool:
     """Find scales, write them as they are stored, and the codes under them; False where that is left to torch.
 
-    w: f32 [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
+    w: float [rows, columns]    scale: f32 [rows, groups]    out: u8 [rows, columns * bits / 8]
     """
     return element in ENCODED and _found(f"pack_{element}", w, by, scale, out)
 
@@ -104,7 +109,7 @@ def pack(element: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> boo
 def round_(element: str, w: Tensor, by: Scales, columns: int, out: Tensor) -> bool:
     """Write what ``pack`` makes codes of, where every ``columns`` columns share a scale.
 
-    w, out: f32 [rows, columns]
+    w: float [rows, columns]    out: f32 [rows, columns]
     """
     if element not in NEAREST or out.dtype != torch.float32:
         return False
@@ -116,18 +121,18 @@ def _found(name: str, w: Tensor, by: Scales, scale: Tensor, out: Tensor) -> bool
     read = scratch("native.read", tuple(scale.shape), torch.float32, w.device)
     groups, columns = scale.numel(), w.numel() // scale.numel()
     rule = _RULES.index(by.dtype), by.largest, by.divisor
-    return _call(name, (w, scale, out), at(w), groups, columns, *rule, at(scale), at(read), at(out))
+    return _packed(name, (w, scale, out), groups, columns, *rule, at(scale), at(read), at(out))
 
 
 def encode_levels(w: Tensor, bounds: Tensor, absmax: Tensor, out: Tensor) -> bool:
     """Write which of 16 ascending levels is nearest to each weight over its block's largest magnitude, and that one.
 
-    w: f32 [rows, columns]    bounds: f32 [15]    absmax: f32 [rows, blocks]    out: u8 [rows, columns / 2], the earlier
-    of two in the high half. False where that is left to torch.
+    w: float [rows, columns]    bounds: f32 [15]    absmax: f32 [rows, blocks]    out: u8 [rows, columns / 2], the
+    earlier of two in the high half. False where that is left to torch.
     """
     blocks = absmax.numel()
-    given = at(w), at(bounds), blocks, w.numel() // blocks, at(absmax), at(out)
-    return _call("encode_levels", (w, bounds, absmax, out), *given)
+    given = at(bounds), blocks, w.numel() // blocks, at(absmax), at(out)
+    return _packed("encode_levels", (w, bounds, absmax, out), *given)
 
 
 def ternary_fitted(
@@ -159,6 +164,15 @@ def ternary_dense(w: Tensor, threshold: Tensor, scale: Tensor, out: Tensor) -> b
     )
 
 
+def _packed(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_p) -> bool:
+    """Call what reads weights, the first of the tensors, as they are."""
+    found, w = _library() if _fits(FLOATS, *tensors) else None, tensors[0]
+    if found is None:
+        return False
+    getattr(found, name)(at(w), FLOATS.index(w.dtype), *given)
+    return True
+
+
 def _call(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_p) -> bool:
     found = function(name, *tensors)
     if found is None:
@@ -169,13 +183,13 @@ def _call(name: str, tensors: tuple[Tensor, ...], *given: float | ctypes.c_void_
 
 def function(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
     """The C function of that name, where it can read and write these tensors, the first of them f32."""
-    found = _library() if _fits(*tensors) else None
+    found = _library() if _fits(FLOATS[:1], *tensors) else None
     return None if found is None else cast("Callable[..., Any]", getattr(found, name))
 
 
-def _fits(w: Tensor, *others: Tensor) -> bool:
+def _fits(dtypes: tuple[torch.dtype, ...], w: Tensor, *others: Tensor) -> bool:
     """Whether it can read and write these."""
-    plain = w.dtype == torch.float32 and w.numel() > 0
+    plain = w.dtype in dtypes and w.numel() > 0
     return plain and all(x.device.type == "cpu" and x.is_contiguous() for x in (w, *others))
 
 
@@ -228,7 +242,7 @@ def _key(compiler: str) -> str:
         processor += "".join(line for line in text.splitlines() if line.startswith(("model name", "flags", "Features")))
     built = Path(compiler).stat()
     parts = (
-        *(source.read_text() for source in SOURCES),
+        *(source.read_text() for source in (*SOURCES, *HEADERS)),
         *_FLAGS,
         compiler,
         str(built.st_size),
@@ -243,7 +257,8 @@ def _build(compiler: str, kept: Path) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / kept.name
         for own in (("-march=native",), ("-mcpu=native",), ()):
-            command = [compiler, *_FLAGS, *own, "-o", str(made), *map(str, SOURCES), "-lm"]
+            read = f"-I{HEADERS[0].parent}"
+            command = [compiler, *_FLAGS, *own, read, "-o", str(made), *map(str, SOURCES), "-lm"]
             nowhere = subprocess.DEVNULL
             if subprocess.call(command, stdout=nowhere, stderr=nowhere, timeout=_SECONDS) == 0:
                 os.replace(made, kept)
@@ -254,14 +269,15 @@ def _build(compiler: str, kept: Path) -> None:
 def _opened(kept: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(kept))
     pointer, count, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    given = [pointer, pointer, count, count, pointer]
-    finding = [pointer, count, count, integer, real, real, pointer, pointer, pointer]
-    signatures: dict[str, list[Any]] = {"magnitudes": [pointer, count, count, pointer]}
+    weights = [pointer, integer]
+    given = [*weights, pointer, count, count, pointer]
+    finding = [*weights, count, count, integer, real, real, pointer, pointer, pointer]
+    signatures: dict[str, list[Any]] = {"magnitudes": [*weights, count, count, pointer]}
     signatures |= {f"encode_{name}": given for name in ENCODED} | {f"pack_{name}": finding for name in ENCODED}
     signatures |= {f"nearest_{name}": given for name in NEAREST} | {f"round_{name}": finding for name in NEAREST}
     signatures["ternary_fitted"] = [pointer, count, count, real, integer, pointer, pointer, pointer]
     signatures["ternary_dense"] = [pointer, count, count, pointer, pointer, pointer]
-    signatures["encode_levels"] = [pointer, pointer, count, count, pointer, pointer]
+    signatures["encode_levels"] = [*weights, pointer, count, count, pointer, pointer]
     signatures["lut_assign"] = [pointer, pointer, count, count, pointer, pointer, count, pointer, pointer]
     signatures["lut_nearest"] = signatures["lut_assign"]
     signatures["lut_products"] = [pointer, count, pointer, count, count, count, pointer, pointer, pointer, pointer]

@@ -3,26 +3,18 @@
    What native.py builds where there is a C compiler. The bytes and the numbers are those of the torch ops in
    elements.py, scales_of.py and of bitsandbytes, which stay the definition and run everywhere else.
 
-   Weights come in groups of `columns`, each with one scale; `groups` of them lie behind one another. A part of
-   them is divided by their scales into a buffer that stays in the first cache, and loops without branches over that
-   buffer are what compilers turn into vector instructions. */
+   Weights come in groups of `columns`, each with one scale; `groups` of them lie behind one another, as floats or in
+   16 bits. A part of them is divided by their scales into a buffer that stays in the first cache, and loops without
+   branches over that buffer are what compilers turn into vector instructions. */
 
-#include <stdint.h>
-#include <string.h>
+#include "reading.h"
 
-#define PART 2048
-#define MAGNITUDE 0x7fffffffu
-#define EXPONENT 0x7f800000u
-
-static inline uint32_t bits_of(float x) { uint32_t t; memcpy(&t, &x, 4); return t; }
-static inline float float_of(uint32_t t) { float x; memcpy(&x, &t, 4); return x; }
 static inline uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
-static inline uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static inline float within(float x, float low, float high) { x = x > low ? x : low; return x < high ? x : high; }
 
 /* Weights a scale at a time. Loops of a length that is known are unrolled, so the usual lengths are told apart. */
 
-typedef struct { const float *w, *scale; int64_t left, columns, in_group; } Reader;
+typedef struct { const void *w; int kind; const float *scale; int64_t left, columns, in_group; } Reader;
 
 static inline void divide(const float *restrict w, float scale, int64_t count, float *restrict x) {
     for (int64_t j = 0; j < count; j++) x[j] = w[j] / scale;
@@ -34,17 +26,19 @@ static inline void multiply(float *x, float scale, int64_t count) {
 
 /* The next part of the weights, divided; how many there are, 0 at the end. */
 static int64_t next(Reader *r, float *x) {
+    float room[PART];
     int64_t count = r->left < PART ? r->left : PART, done = 0;
+    const float *w = floats(r->w, r->kind, count, room);
     while (done < count) {
         int64_t run = r->columns - r->in_group;
         if (run > count - done) run = count - done;
-        if (run == 16) divide(r->w, *r->scale, 16, x + done);
-        else if (run == 32) divide(r->w, *r->scale, 32, x + done);
-        else divide(r->w, *r->scale, run, x + done);
-        r->w += run, done += run, r->in_group += run;
+        if (run == 16) divide(w + done, *r->scale, 16, x + done);
+        else if (run == 32) divide(w + done, *r->scale, 32, x + done);
+        else divide(w + done, *r->scale, run, x + done);
+        done += run, r->in_group += run;
         if (r->in_group == r->columns) r->in_group = 0, r->scale++;
     }
-    r->left -= count;
+    r->w = behind(r->w, r->kind, count), r->left -= count;
     return count;
 }
 
@@ -61,20 +55,8 @@ static void scaled_back(Reader *r, int64_t count, float *x) {
     }
 }
 
-/* The largest magnitude of every group; of magnitudes, bits are in order. */
-
-static inline uint32_t largest(const float *w, int64_t count) {
-    uint32_t found = 0;
-    for (int64_t j = 0; j < count; j++) found = most(found, bits_of(w[j]) & MAGNITUDE);
-    return found;
-}
-
-static inline float group_largest(const float *w, int64_t columns) {
-    return float_of(columns == 16 ? largest(w, 16) : columns == 32 ? largest(w, 32) : largest(w, columns));
-}
-
-void magnitudes(const float *w, int64_t groups, int64_t columns, float *out) {
-    for (int64_t g = 0; g < groups; g++, w += columns) out[g] = group_largest(w, columns);
+void magnitudes(const void *w, int kind, int64_t groups, int64_t columns, float *out) {
+    for (int64_t g = 0; g < groups; g++, w = behind(w, kind, columns)) out[g] = group_largest(w, kind, columns);
 }
 
 /* e4m3: to the nearest, ties to even, saturating; below 2^-6 numbers are 2^-9 apart.
@@ -155,8 +137,6 @@ static inline void joined_2(const uint32_t *codes, int64_t count, uint8_t *out) 
 
 /* The scales that weights find for themselves, as they are stored: see scales_of.py. */
 
-enum { F32, BF16, F16, E8M0, E4M3 };
-
 typedef struct { int rule; float largest, divisor; } Scales;
 
 static inline float bf16_nearest(float x) {
@@ -189,14 +169,15 @@ static void stored_scales(Scales how, int64_t count, float *x) {
     }
 }
 
-typedef struct { Scales how; const float *w; int64_t left, columns; float *stored, *read; } Finder;
+typedef struct { Scales how; const void *w; int kind; int64_t left, columns; float *stored, *read; } Finder;
 
 /* Find the scales of all groups that begin within so many weights; returns how many weights have one. */
 static int64_t find(Finder *f, int64_t weights, int64_t known) {
     int64_t count = (weights - known + f->columns - 1) / f->columns;
     if (weights <= known || !f->left) return known;
     if (count > f->left) count = f->left;
-    for (int64_t g = 0; g < count; g++, f->w += f->columns) f->stored[g] = group_largest(f->w, f->columns);
+    magnitudes(f->w, f->kind, count, f->columns, f->stored);
+    f->w = behind(f->w, f->kind, count * f->columns);
     stored_scales(f->how, count, f->stored);
     for (int64_t g = 0; g < count; g++) f->read[g] = f->stored[g] / f->how.divisor;
     f->left -= count, f->stored += count, f->read += count;
@@ -205,35 +186,35 @@ static int64_t find(Finder *f, int64_t weights, int64_t known) {
 
 /* With `how`, scales are found, and written as they are stored and as they are read; without, they are given. */
 
-#define OVER_PARTS(prepare, work)                                                                                 \
-    Reader r = {w, scale, groups * columns, columns, 0};                                                          \
-    Finder f = {how ? *how : (Scales){0}, w, groups, columns, stored, scale};                                     \
-    int64_t known = 0, seen = 0;                                                                                  \
-    for (int64_t count;; seen += count) {                                                                         \
-        if (how) known = find(&f, seen + PART, known);                                                                  \
-        prepare;                                                                                                  \
-        if (!count) return;                                                                                       \
-        work;                                                                                                     \
+#define OVER_PARTS(prepare, work)                                                                                     \
+    Reader r = {w, kind, scale, groups * columns, columns, 0};                                                        \
+    Finder f = {how ? *how : (Scales){0}, w, kind, groups, columns, stored, scale};                                   \
+    int64_t known = 0, seen = 0;                                                                                      \
+    for (int64_t count;; seen += count) {                                                                             \
+        if (how) known = find(&f, seen + PART, known);                                                                \
+        prepare;                                                                                                      \
+        if (!count) return;                                                                                           \
+        work;                                                                                                         \
     }
 
-#define ENCODE(name, bits, code)                                                                                  \
-    static inline void encode_with_##name(const Scales *how, const float *w, float *stored, float *scale,         \
-                                          int64_t groups, int64_t columns, uint8_t *out) {                        \
-        float x[PART];                                                                                            \
-        uint32_t codes[PART];                                                                                     \
-        OVER_PARTS(count = next(&r, x), {                                                                         \
-            for (int64_t j = 0; j < count; j++) codes[j] = code;                                                  \
-            joined_##bits(codes, count, out);                                                                     \
-            out += count * bits / 8;                                                                              \
-        })                                                                                                        \
-    }                                                                                                             \
-    void encode_##name(const float *w, float *scale, int64_t groups, int64_t columns, uint8_t *out) {             \
-        encode_with_##name(0, w, 0, scale, groups, columns, out);                                                 \
-    }                                                                                                             \
-    void pack_##name(const float *w, int64_t groups, int64_t columns, int rule, float largest, float divisor,     \
-                     float *stored, float *scale, uint8_t *out) {                                                 \
-        Scales how = {rule, largest, divisor};                                                                    \
-        encode_with_##name(&how, w, stored, scale, groups, columns, out);                                         \
+#define ENCODE(name, bits, code)                                                                                      \
+    static inline void encode_with_##name(const Scales *how, const void *w, int kind, float *stored, float *scale,    \
+                                          int64_t groups, int64_t columns, uint8_t *out) {                            \
+        float x[PART];                                                                                                \
+        uint32_t codes[PART];                                                                                         \
+        OVER_PARTS(count = next(&r, x), {                                                                             \
+            for (int64_t j = 0; j < count; j++) codes[j] = code;                                                      \
+            joined_##bits(codes, count, out);                                                                         \
+            out += count * bits / 8;                                                                                  \
+        })                                                                                                            \
+    }                                                                                                                 \
+    void encode_##name(const void *w, int kind, float *scale, int64_t groups, int64_t columns, uint8_t *out) {        \
+        encode_with_##name(0, w, kind, 0, scale, groups, columns, out);                                               \
+    }                                                                                                                 \
+    void pack_##name(const void *w, int kind, int64_t groups, int64_t columns, int rule, float largest,               \
+                     float divisor, float *stored, float *scale, uint8_t *out) {                                      \
+        Scales how = {rule, largest, divisor};                                                                        \
+        encode_with_##name(&how, w, kind, stored, scale, groups, columns, out);                                       \
     }
 
 ENCODE(e4m3, 8, e4m3_code(x[j]))
@@ -242,23 +223,23 @@ ENCODE(int8, 8, integer_code(x[j], 128))
 ENCODE(int4, 4, integer_code(x[j], 8))
 ENCODE(int2, 2, integer_code(x[j], 2))
 
-#define NEAREST(name, value)                                                                                      \
-    static inline void nearest_with_##name(const Scales *how, const float *w, float *stored, float *scale,        \
-                                           int64_t groups, int64_t columns, float *out) {                         \
-        Reader back;                                                                                              \
-        OVER_PARTS((back = r, count = next(&r, out)), {                                                           \
-            for (int64_t j = 0; j < count; j++) out[j] = value;                                                   \
-            scaled_back(&back, count, out);                                                                       \
-            out += count;                                                                                         \
-        })                                                                                                        \
-    }                                                                                                             \
-    void nearest_##name(const float *w, float *scale, int64_t groups, int64_t columns, float *out) {              \
-        nearest_with_##name(0, w, 0, scale, groups, columns, out);                                                \
-    }                                                                                                             \
-    void round_##name(const float *w, int64_t groups, int64_t columns, int rule, float largest, float divisor,    \
-                      float *stored, float *scale, float *out) {                                                  \
-        Scales how = {rule, largest, divisor};                                                                    \
-        nearest_with_##name(&how, w, stored, scale, groups, columns, out);                                        \
+#define NEAREST(name, value)                                                                                          \
+    static inline void nearest_with_##name(const Scales *how, const void *w, int kind, float *stored, float *scale,   \
+                                           int64_t groups, int64_t columns, float *out) {                             \
+        Reader back;                                                                                                  \
+        OVER_PARTS((back = r, count = next(&r, out)), {                                                               \
+            for (int64_t j = 0; j < count; j++) out[j] = value;                                                       \
+            scaled_back(&back, count, out);                                                                           \
+            out += count;                                                                                             \
+        })                                                                                                            \
+    }                                                                                                                 \
+    void nearest_##name(const void *w, int kind, float *scale, int64_t groups, int64_t columns, float *out) {         \
+        nearest_with_##name(0, w, kind, 0, scale, groups, columns, out);                                              \
+    }                                                                                                                 \
+    void round_##name(const void *w, int kind, int64_t groups, int64_t columns, int rule, float largest,              \
+                      float divisor, float *stored, float *scale, float *out) {                                       \
+        Scales how = {rule, largest, divisor};                                                                        \
+        nearest_with_##name(&how, w, kind, stored, scale, groups, columns, out);                                      \
     }
 
 NEAREST(e4m3, e4m3_nearest(out[j]))
@@ -271,15 +252,17 @@ NEAREST(int2, integer_nearest(out[j], 2))
 
 /* Which of 16 ascending levels is nearest, by the 15 bounds between them; the earlier index in the high half. */
 
-void encode_levels(const float *w, const float *bounds, int64_t blocks, int64_t columns, float *absmax, uint8_t *out) {
-    float x[PART];
+void encode_levels(const void *w, int kind, const float *bounds, int64_t blocks, int64_t columns, float *absmax,
+                   uint8_t *out) {
+    float x[PART], room[PART];
     uint32_t codes[PART];
     for (int64_t b = 0; b < blocks; b++) {
-        float size = absmax[b] = group_largest(w, columns);
+        float size = absmax[b] = group_largest(w, kind, columns);
         float factor = 1.0f / (size < 1e-38f ? 1e-38f : size);
-        for (int64_t at = 0; at < columns; at += PART, w += PART) {
-            int64_t count = columns - at < PART ? columns - at : PART;
-            for (int64_t j = 0; j < count; j++) x[j] = w[j] * factor;
+        for (int64_t at = 0, count; at < columns; at += count, w = behind(w, kind, count)) {
+            count = columns - at < PART ? columns - at : PART;
+            const float *read = floats(w, kind, count, room);
+            for (int64_t j = 0; j < count; j++) x[j] = read[j] * factor;
             for (int64_t j = 0; j < count; j++) {
                 uint32_t code = 0;
                 for (int k = 0; k < 15; k++) code += !(x[j] <= bounds[k]);
@@ -290,7 +273,6 @@ void encode_levels(const float *w, const float *bounds, int64_t blocks, int64_t 
                 memcpy(&two, codes + 2 * j, 8);
                 *out++ = (uint8_t)(two << 4 | two >> 32);
             }
-            if (count < PART) w += count - PART;
         }
     }
 }

@@ -18,6 +18,7 @@ from graph.formats.feedback import rounded_with_feedback
 from graph.formats.format import has_data
 from graph.formats.memory import scratch
 from graph.formats.scales_of import (
+    as_c_reads,
     global_scale,
     in_fp32,
     magnitudes,
@@ -26,6 +27,7 @@ from graph.formats.scales_of import (
     small_chunks,
     stored_as,
 )
+from graph.pages import room
 
 if TYPE_CHECKING:
     from graph.formats.scaled import Scaled
@@ -38,12 +40,20 @@ AT_ONCE = 1 << 22
 
 def pack(form: Scaled, w: Tensor) -> dict[str, Tensor]:
     """w: [out, in], float  ->  the side tensors, as in ``Scaled``."""
-    codes = w.new_empty((w.shape[0], w.shape[1] * form.element.bits // 8), dtype=torch.uint8)
+    codes = _room_for_codes(form, w)
     if not has_data(w):
         return {"indices": codes, **form.scales(w)}
     form = _with_largest(form, w.detach())
     sides = [_pack_rows(form, w[rows].detach(), codes[rows]) for rows in _apart(form, w)]
     return {"indices": codes, **sides[0], "scale": torch.cat([side["scale"] for side in sides])}
+
+
+def _room_for_codes(form: Scaled, w: Tensor) -> Tensor:
+    """u8 [out, in * bits / 8]."""
+    rows, size = w.shape[0], w.shape[1] * form.element.bits // 8
+    if w.device.type != "cpu":
+        return w.new_empty((rows, size), dtype=torch.uint8)
+    return room(rows * size).view(rows, size)
 
 
 def pack_with_feedback(form: Scaled, w: Tensor, covariance: Tensor) -> dict[str, Tensor]:
@@ -103,14 +113,13 @@ def _pack_rows(form: Scaled, w: Tensor, codes: Tensor) -> dict[str, Tensor]:
         divisor = global_scale(torch.tensor(form.largest)) if form.largest is not None else None
         scale = w.new_empty((w.shape[0], w.shape[1] // (form.columns or w.shape[1])), dtype=torch.float32)
         by = native.Scales(form.stored_scale, form.element.largest, 1.0 if divisor is None else float(divisor))
-        if native.pack(form.element.name, in_fp32(w), by, scale, codes):
+        if native.pack(form.element.name, as_c_reads(w), by, scale, codes):
             sides = {"scale": stored_as(form.stored_scale, scale)}
             return sides if divisor is None else sides | {"global_scale": divisor}
     sides = form.scales(w)
     for part, scale in _scales_of_parts(w, sides):
-        x = in_fp32(w[part])
-        if not native.encode(form.element.name, x, scale, codes[part]):
-            form.element.encode(_divided(form, x, scale), codes[part])
+        if not native.encode(form.element.name, as_c_reads(w[part]), scale, codes[part]):
+            form.element.encode(_divided(form, in_fp32(w[part]), scale), codes[part])
     return sides
 
 
@@ -119,12 +128,11 @@ def _round_rows(form: Scaled, w: Tensor, dense: Tensor) -> None:
     if form.rows == 1:
         divisor = 1.0 if form.largest is None else float(global_scale(torch.tensor(form.largest)))
         by = native.Scales(form.stored_scale, form.element.largest, divisor)
-        if native.round_(form.element.name, in_fp32(w), by, form.columns or w.shape[1], dense):
+        if native.round_(form.element.name, as_c_reads(w), by, form.columns or w.shape[1], dense):
             return
     for part, scale in _scales_of_parts(w, form.scales(w)):
-        x = in_fp32(w[part])
-        if not native.nearest(form.element.name, x, scale, dense[part]):
-            steps = x.unflatten(1, (scale.shape[1], -1)) / scale[..., None]
+        if not native.nearest(form.element.name, as_c_reads(w[part]), scale, dense[part]):
+            steps = in_fp32(w[part]).unflatten(1, (scale.shape[1], -1)) / scale[..., None]
             dense[part] = form.element.nearest(steps).mul_(scale[..., None]).flatten(1)
 
 

@@ -39,6 +39,11 @@ def in_fp32(w: Tensor) -> Tensor:
     return scratch("in_fp32", tuple(w.shape), torch.float32, w.device).copy_(w)
 
 
+def as_c_reads(w: Tensor) -> Tensor:
+    """The same values, contiguous, in a dtype that native.py reads; they last as those of ``in_fp32`` do."""
+    return w.contiguous() if w.dtype in native.FLOATS else in_fp32(w)
+
+
 def magnitudes(w: Tensor, columns: int) -> Tensor:
     """The largest magnitude of every ``columns`` columns of every row.
 

@@ -12,6 +12,7 @@ from torch import fx
 from graph.core import Graph
 from graph.formats.ahead import worked_ahead
 from graph.formats.format import has_data
+from graph.formats.memory import lent
 from graph.formats.scales_of import magnitudes
 from graph.sites import Site
 
@@ -36,7 +37,7 @@ def shared_largest(graph: Graph, sites: Mapping[str, Site]) -> dict[str, float]:
     """
 
     def largest_of(group: list[str]) -> tuple[list[str], float | None]:
-        values = (graph.tensor(name).detach() for name in group)
+        values = (graph.tensor(name, lent).detach() for name in group)
         largest = [float(magnitudes(w, w.shape[1]).amax()) for w in values if has_data(w)]
         return group, max(largest, default=None)
 

@@ -119,13 +119,20 @@ class Counted:
     """Threads count at the same time."""
 
     def entry(self, tensor: Dense) -> Entry:
+        """The tensor to write; a large one is read, cast and written some rows at a time."""
+        self.tensors += 1
         dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
-        return Entry(tensor.name, tensor.shape, dtype, lambda: self.cast(tensor.name, tensor.load()))
+        pieces = tuple(self._piece(tensor, rows, dtype) for rows in tensor.parts())
+        return Entry(tensor.name, tensor.shape, dtype, lambda: self.cast(tensor.name, tensor.load()), pieces=pieces)
+
+    def _piece(self, tensor: Dense, rows: slice, dtype: torch.dtype) -> Entry:
+        shape = (rows.stop - rows.start, *tensor.shape[1:])
+        name = f"{tensor.name}[{rows.start}:{rows.stop}]"
+        return Entry(name, shape, dtype, lambda: self.cast(tensor.name, tensor.load_rows(rows)))
 
     def cast(self, name: str, value: Tensor) -> Tensor:
         """``value`` in the export's dtype; a QcError where a number does not survive that."""
         with self.lock:
-            self.tensors += 1
             self.numbers += value.numel()
         if not value.is_floating_point() or not value.numel():
             return value

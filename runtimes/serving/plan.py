@@ -24,6 +24,7 @@ from graph.formats import (
     shared_largest,
     weight_name,
 )
+from graph.formats.memory import lent
 from graph.ops import op_name
 from runtimes.serving import ternary
 from runtimes.serving.caches import caches_of
@@ -83,7 +84,7 @@ class Plan:
         form = part.form
         if isinstance(form, Scaled):
             form = replace(form, largest=self.largest.get(part.name))
-        return form.pack(self.graph.tensor(part.name).detach())
+        return form.pack(self.graph.tensor(part.name, lent).detach())
 
     def planned(self, part: Part) -> dict[str, Tensor]:
         """The same without values."""

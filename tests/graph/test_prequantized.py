@@ -116,7 +116,11 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor, int], Written], str]] =
 
 def packed(folder: Path, case: str) -> tuple[Path, dict[str, Tensor]]:
     """The tiny model in ``folder`` with the linears of its blocks packed, and those weights in fp32."""
-    checkpoint(folder)
+    return pack_in(checkpoint(folder), case)
+
+
+def pack_in(folder: Path, case: str) -> tuple[Path, dict[str, Tensor]]:
+    """Pack the linears of the model in ``folder``: they become others; the folder, and what they are in fp32."""
     tensors, dense = load_file(folder / "model.safetensors"), {}
     config, pack, _ = CASES[case]
     for seed, name in enumerate(sorted(tensors)):

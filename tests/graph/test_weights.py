@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import random
 import shutil
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graph import QcError, capture
+from graph import QcError, behind, capture
 from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
 from graph.weights import AT_ONCE, Entry, read_header, read_metadata, sha256, tensor_sha256, write
 from tests.graph.tiny import checkpoint, model, qwen
@@ -153,6 +155,57 @@ def test_what_is_made_together_is_asked_for_by_one_thread_in_order(tmp_path: Pat
     write(tmp_path, entries, stem="w")
     assert [[name for name, _ in of] for of in asked.values()] == [names[:3], names[3:]]
     assert all(len({thread for _, thread in of}) == 1 for of in asked.values())
+
+
+def test_a_tensor_made_of_pieces_is_written_as_one_and_never_asked_for_whole(tmp_path: Path) -> None:
+    value, rest = torch.randn(7, 30), torch.randn(5)
+
+    def whole() -> Tensor:
+        raise AssertionError("asked for as a whole")
+
+    pieces = tuple(entry(f"b[{start}]", value[start : start + 3]) for start in range(0, 7, 3))
+    hashes: dict[str, str] = {}
+    large = Entry("b", (7, 30), torch.float32, whole, pieces=pieces)
+    write(tmp_path, [entry("a", rest), large, entry("c", rest)], stem="pieces", hashes=hashes)
+    write(tmp_path, [entry("a", rest), entry("b", value), entry("c", rest)], stem="whole")
+    assert hashes == {"pieces.safetensors": sha256(tmp_path / "whole.safetensors")}
+
+
+def test_rows_of_a_stored_tensor_are_read_alone(tmp_path: Path) -> None:
+    value = torch.randn(7, 3, 2)
+    write(tmp_path, [entry("a", torch.ones(5)), entry("b", value)], stem="w")
+    stored = read_header(tmp_path / "w.safetensors")["b"]
+    assert stored.rows(2, 6).load().equal(value[2:6])
+    assert stored.rows(6, 7).end == stored.end
+
+
+def test_what_is_written_goes_to_the_disk_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    begun, sync = threading.Event(), os.fsync
+
+    def counted(descriptor: int) -> None:
+        sent.append(os.fstat(descriptor).st_size)
+        begun.set()
+        sync(descriptor)
+
+    def last() -> Tensor:
+        assert begun.wait(10), "the first is not on its way"
+        return torch.ones(1000)
+
+    monkeypatch.setattr(behind, "FLUSH", 4000)
+    monkeypatch.setattr(os, "fsync", counted)
+    write(tmp_path, [entry("a", torch.ones(1000)), Entry("b", (1000,), torch.float32, last)], stem="w")
+    assert 4000 < sent[0] < 8000 < sent[-1] == (tmp_path / "w.safetensors").stat().st_size
+
+
+def test_a_disk_that_does_not_take_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(behind, "FLUSH", 4000)
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path, [entry(name, torch.ones(1000)) for name in "abc"], stem="w")
 
 
 def test_a_tensor_that_cannot_be_made_is_an_error_at_its_turn(tmp_path: Path) -> None:

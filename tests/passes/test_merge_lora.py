@@ -144,6 +144,15 @@ def test_requantizing_keeps_the_format_and_says_what_is_lost(base: QuantizeBase,
         assert float((graph(x) - with_update(x)).norm() / with_update(x).norm()) < 0.1
 
 
+def test_an_update_larger_than_the_weight_is_merged_too() -> None:
+    graph = trained(INT8, LORA, size=2.0)
+    wanted, x = graph.copy(), torch.randn(3, 64)
+    figures = apply(MergeLora(into="requantized"), graph).figures
+    assert float(figures["update_over_weight"]) > 2
+    with torch.no_grad():
+        assert float((graph(x) - wanted(x)).norm() / wanted(x).norm()) < 0.05
+
+
 def test_an_update_smaller_than_the_steps_of_the_format_does_not_survive() -> None:
     graph = trained(NF4, LORA, size=1e-5)
     figures = MergeLora(into="requantized").run(graph).figures

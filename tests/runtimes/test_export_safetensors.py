@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graph import Graph, QcError, capture
+from graph import Graph, QcError, capture, dense
 from graph.dense import Dense
 from graph.weights import AT_ONCE, read_header, sha256
 from runtimes.export import ABOUT, find, targets
@@ -139,6 +140,45 @@ def test_a_graph_that_still_lies_on_disk_is_exported_as_many_tensors_at_a_time_a
     assert lazy.lazy()
     wanted = model("qwen3").state_dict()
     assert all(torch.equal(value, wanted[name].half()) for name, value in stored(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("lazily", [True, False])
+def test_a_large_tensor_is_written_some_rows_at_a_time(
+    lazily: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model("qwen3").save_pretrained(tmp_path / "in")
+    there = capture(str(tmp_path / "in"))
+    there = there if lazily else there.materialize()
+    whole = export(there, tmp_path / "whole", dtype="fp16")
+    monkeypatch.setattr(dense, "PART", 5000)
+    read: list[slice] = []
+    load_rows = Dense.load_rows
+
+    def counted(self: Dense, rows: slice) -> Tensor:
+        read.append(rows)
+        return load_rows(self, rows)
+
+    monkeypatch.setattr(Dense, "load_rows", counted)
+    parts = export(there, tmp_path / "parts", dtype="fp16")
+    assert len(read) > 20 and read[0] == slice(0, read[0].stop) and read[0].stop < 100
+    assert parts.figures == whole.figures
+    assert sha256(tmp_path / "whole" / ABOUT) == sha256(tmp_path / "parts" / ABOUT)
+
+
+def test_a_row_that_is_not_finite_is_named_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = copy.deepcopy(model("qwen3"))
+    with torch.no_grad():
+        broken.lm_head.weight[50, 3] = math.nan
+    broken.save_pretrained(tmp_path / "in")
+    monkeypatch.setattr(dense, "PART", 5000)
+    name = "model.embed_tokens.weight" if broken.config.tie_word_embeddings else "lm_head.weight"
+    with pytest.raises(QcError) as caught:
+        export(capture(str(tmp_path / "in")), tmp_path / "out", dtype="fp16")
+    assert str(caught.value) == (
+        f"{name} in {tmp_path / 'in' / 'model.safetensors'} holds NaN or infinity\n"
+        "  fix    fetch the checkpoint again, or repair the model"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_graph_is_written_to_the_same_bytes(tmp_path: Path) -> None:

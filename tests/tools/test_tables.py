@@ -24,6 +24,10 @@ def test_rows_that_were_not_run_stay_where_they_are(page: Path) -> None:
     assert page.read_text() == PAGE.replace("| b | 2 |\n\nOf last week.", "| b | 5 |\n| d | 6 |\n\nOf today.")
 
 
+def test_text_below_stays_where_the_part_says_nothing(page: Path) -> None:
+    assert with_other_rows("one", f"{HEAD}\n| b | 5 |", page.name) == f"{HEAD}\n| a | 1 |\n| b | 5 |\n\nOf last week."
+
+
 def test_a_table_that_is_not_there_yet_is_what_was_run(page: Path) -> None:
     page.write_text("<!-- table: one -->\n<!-- end -->\n")
     assert with_other_rows("one", f"{HEAD}\n| b | 5 |", page.name) == f"{HEAD}\n| b | 5 |"

@@ -17,12 +17,12 @@ def replace_table(name: str, text: str, page: str = "quality.md") -> None:
 
 
 def with_other_rows(name: str, text: str, page: str = "quality.md") -> str:
-    """``text``, of a part that was run again, with the rows of the table that is there for what it does not have."""
+    """``text``, of a part that was run again, with what the table that is there has beyond it: rows, and text below."""
     _, _, rest = (DOCS / page).read_text().partition(f"<!-- table: {name} -->")
-    lines = text.splitlines()
-    rows = _rows(lines)
-    merged = _rows(rest.partition(END)[0].splitlines()) | rows
-    return "\n".join([*lines[:2], *merged.values(), *lines[2 + len(rows) :]])
+    lines, old = text.splitlines(), rest.partition(END)[0].strip().splitlines()
+    rows, others = _rows(lines), _rows(old)
+    below = lines[2 + len(rows) :] or old[2 + len(others) :]
+    return "\n".join([*lines[:2], *(others | rows).values(), *below])
 
 
 def _rows(lines: list[str]) -> dict[str, str]:

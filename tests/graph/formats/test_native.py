@@ -92,9 +92,24 @@ def test_a_row_of_e4m3_that_is_not_finite_is_what_torch_makes_of_it(
     assert (made["indices"][2] & 0x7F == 0x7F).any() and not (made["indices"][[0, 1, 3]] & 0x7F == 0x7F).any()
 
 
-def test_weights_that_are_not_plain_fp32_on_the_cpu_are_left_to_torch() -> None:
+@needs_compiler
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_number_of_16_bits_and_the_largest_of_them_is_read_as_it_is(dtype: torch.dtype) -> None:
+    numbers = (
+        torch.arange(-(1 << 15), 1 << 15)
+        .to(torch.int16)
+        .view(torch.float16 if dtype == torch.float16 else torch.bfloat16)
+    )
+    w = numbers[numbers.isfinite()].to(dtype).view(1, -1)
+    out, found = torch.empty(w.shape), torch.empty(w.numel(), 1)
+    assert native.magnitudes(w, 1, found) and found.view(-1).equal(w.abs().float().view(-1))
+    assert native.reads(w) and native.nearest("int8", w, torch.full((1, 1), 1024.0), out)
+    assert out.equal((w.float() / 1024.0).round().clamp(-128, 127) * 1024.0)
+
+
+def test_weights_that_are_not_plain_floats_on_the_cpu_are_left_to_torch() -> None:
     out, scale = torch.empty(4, 8, dtype=torch.uint8), torch.ones(4, 1)
-    for w in (torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 4).t(), torch.ones(0, 8)):
+    for w in (torch.ones(4, 8, dtype=torch.float64), torch.ones(8, 4).t(), torch.ones(0, 8)):
         assert not native.reads(w)
         assert not native.encode("e4m3", w, scale, out)
     assert not native.encode("int3", torch.ones(4, 8), scale, out), "not among what it encodes"

@@ -111,8 +111,8 @@ def test_ternary_minilm_recovers_what_it_makes_of_texts(tmp_path: Path) -> None:
     apply(TernarySte(), graph, check=False)
     data = PythonStdlib()
     options: dict[str, Any] = {"tokenizer": tokenizer, "length": 64, "cache": tmp_path / "tokens", "packing": False}
-    rows = Corpus(data).rows("heldout", enough=8192, **options)
-    held_out = [rows.batch(range(at, at + 8)) for at in range(0, 64, 8)]
+    rows = Corpus(data).rows("heldout", enough=4 * 8192, **options)
+    held_out = [rows.batch(range(at, at + 8)) for at in range(0, 256, 8)]  # ranks of 64 texts vary by 0.3
     before = compare(graph, original, held_out)
     short = settings(data, objective=Embedding(), packing=False, steps=60, batch=16, length=64, lr=1e-4, eval_batches=1)
     train(graph, short, tokenizer=tokenizer, folder=tmp_path / "run", teacher=original, progress=Silent())
