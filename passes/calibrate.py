@@ -9,7 +9,8 @@ that requantizes LUT weights. Whichever packs a weight takes its moments away.
 
 With ``covariance`` the columns are not taken to be independent: W_covariance f32 [in, in] lies beside W too, and
 ``quantize-base`` rounds one column after another, each making good what those before it lost (GPTQ, arXiv:2210.17323):
-packed LUT weights and those of GPU servers (int4, nvfp4, fp8, mxfp4, mxfp8, and int8 in blocks).
+packed LUT weights and those of GPU servers (int4, nvfp4, fp8, mxfp4, mxfp8, and int8 in blocks). ``ternary-ste`` with
+scales of least squares begins from integers and scales that were found by it.
 """
 
 from __future__ import annotations

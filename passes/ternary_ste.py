@@ -13,6 +13,9 @@ through. With ``act_bits: 8`` the linears read their inputs in 8 bits too, one s
 Weights are chosen by what reads them. Embeddings and head stay as they are unless ``select`` names them by role or
 name; norms and biases always do. With ``keep``, so do the linears that would lose most of what they compute, within a
 budget. The report lists what is kept, and what each linear would lose.
+
+Where ``calibrate`` measured a covariance, the floats do not begin as W but as such in which the rule finds the integers
+and scales of least error at the outputs (graph/formats/ternary_start.py).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from torch import Tensor, fx
 
 from graph import Graph, QcError, Selector, Site
 from graph.formats import Tally, Ternary, TernaryRule, fidelity, packed_sites, store_packed
-from graph.moments import SUFFIX, take_moments, unused_covariance
+from graph.formats.ternary_start import begun
+from graph.moments import COVARIANCE, SUFFIX, take_moments, unused_covariance
 from graph.ops import op_name
 from graph.sites import node_name
 from passes.base import BLOCK_WEIGHTS, Lossy, Pass, Report
@@ -141,10 +145,11 @@ class TernarySte(Pass):
         if self.scale == "absmean" and self.keep is None and f"{weight}{SUFFIX}" in graph.tensors():
             what = f"calibrate measured what reads {weight}, and a scale of absmean does not use it"
             yield QcError(what, fix="set scale to least-squares, or take calibrate out", site=site.name)
-        unused = unused_covariance(graph, weight, "ternary weights are rounded by their thresholds at every step")
-        if unused is not None:
-            unused.site = site.name
-            yield unused
+        elif self.scale == "absmean":
+            unused = unused_covariance(graph, weight, "with a scale of absmean weights begin as they are")
+            if unused is not None:
+                unused.site = site.name
+                yield unused
         if self.act_bits is not None and any(_op(user) == "qc.lora" for user in site.node.users):
             what = f"{site.name} has an adapter, which would read other inputs"
             yield QcError(what, fix="move this pass before add-lora, or take act_bits out", site=site.name)
@@ -182,16 +187,18 @@ class TernarySte(Pass):
     def _rewrite(self, graph: Graph, weight: str, site: Site, tau: float, figures: Tally) -> int:
         """Make one weight ternary; how many of its values are 0."""
         w, moments = graph.tensor(weight).detach(), take_moments(graph, weight)
-        moments = moments if self.scale == "least-squares" else None
+        covariance = take_moments(graph, weight, COVARIANCE)
+        moments = moments if self.scale == "least-squares" and covariance is None else None
         if not w.is_meta and not bool(torch.isfinite(w).all()):
             fix = "repair the model, or exclude this weight from select"
             raise QcError(f"{weight} holds NaN or infinity", fix=fix, site=site.name)
         by, own = self.by(int(w.shape[1]), tau), "scales" in self.train
         w = self._start(graph, weight, w, by)
         form = Ternary(columns=int(w.shape[1]), by=by, own_scale=own, weighted=moments is not None)
-        packed = form.pack(w, moments)
+        packed = form.pack(w if covariance is None else begun(w, covariance, by), moments)
         found = None if w.is_meta else fidelity(form, w, packed)
-        assert found is None or found.faithful, f"{weight} at {site}: further off than {form.name} allows, a bug"
+        nearest = found is None or found.faithful or covariance is not None
+        assert nearest, f"{weight} at {site}: further off than {form.name} allows, a bug"
         figures.add(weight, w, packed, found)
         store_packed(graph, weight, form, packed)
         for suffix, group in (("latent", "weights"), ("scale", "scales")):

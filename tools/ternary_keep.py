@@ -2,7 +2,7 @@
 
 python tools/ternary_keep.py [--shares 0.1 0.2 0.3] [--seeds 8] [--batches 8] [--write]
 
-The seedling, attention and MLP made ternary as `recipes/ternary.yaml` does it, without training. Every row keeps
+The seedling, attention and MLP rounded by the rule of `recipes/ternary.yaml`, without training. Every row keeps
 whole linears as long as they fit the same budget; all are measured on the same held-out files. `importance` is what
 `keep` does: the error that a kept byte avoids. `error alone` does not count bytes, `smallest` nothing but bytes,
 `first` keeps linears in the model's order, and `ends` from both ends of the model inwards.

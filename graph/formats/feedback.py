@@ -2,7 +2,8 @@
 
 With C the mean of ``x xᵀ`` over the inputs, outputs are off by ``tr (W - V) C (W - V)ᵀ``. Columns are rounded one after
 another, those of the largest inputs first; after each, all that are not yet rounded move to where they are best given
-what was lost (GPTQ: E. Frantar et al., arXiv:2210.17323, algorithm 1). Levels and scales stay what they are.
+what was lost (GPTQ: E. Frantar et al., arXiv:2210.17323, algorithm 1). Levels and scales stay what they are. Once all
+have numbers, each can move again, to what is best with all others as they are: ``settled``.
 """
 
 from __future__ import annotations
@@ -40,12 +41,45 @@ def rounded_with_feedback(
     """
     w = w.detach().float()
     s = torch.ones_like(w) if s is None else apart_from_zero(s)
-    damped = covariance.float() + DAMPING * covariance.diagonal().mean() * torch.eye(w.shape[1], device=w.device)
-    order = damped.diagonal().argsort(descending=True, stable=True)
+    c = damped(covariance)
+    order = c.diagonal().argsort(descending=True, stable=True)
     found = torch.empty_like(w)
-    found[:, order] = _one_by_one(w[:, order], s[:, order], pick, _factor(damped[order][:, order]))
-    gained = (_lost(w - nearest * s, damped) - _lost(w - found * s, damped)).view(-1, together).sum(1)
+    found[:, order] = _one_by_one(w[:, order], s[:, order], pick, _factor(c[order][:, order]))
+    gained = (lost(w - nearest * s, c) - lost(w - found * s, c)).view(-1, together).sum(1)
     return torch.where((gained > 0).repeat_interleave(together)[:, None], found, nearest)
+
+
+def settled(w: Tensor, s: Tensor, pick: Pick, c: Tensor, numbers: Tensor) -> Tensor:
+    """The numbers after each column, one after another, has moved to what is best while all others stay.
+
+    Nothing is lost by it: with the others as they are, what a column loses is a parabola in its number.
+
+    w: [out, in], float    s: f32 [out, in]    c: f32 [in, in], damped    numbers: f32 [out, in]  ->  f32 [out, in]
+    """
+    s, found = apart_from_zero(s), numbers.clone()
+    pull = torch.addcmul(w.float(), found, s, value=-1) @ c
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        here, moved = pull[:, start:end], torch.empty(w.shape[0], end - start, device=w.device)
+        for j in range(end - start):
+            column = start + j
+            number = pick(found[:, column] + here[:, j] / (c[column, column] * s[:, column]))
+            moved[:, j] = (number - found[:, column]) * s[:, column]
+            here[:, j + 1 :].addr_(moved[:, j], c[column, column + 1 : end], alpha=-1)
+            found[:, column] = number
+        pull[:, end:].addmm_(moved, c[start:end, end:], alpha=-1)
+    return found
+
+
+def damped(covariance: Tensor) -> Tensor:
+    """The covariance with a little more on its diagonal, f32 [in, in]."""
+    identity = torch.eye(covariance.shape[0], device=covariance.device)
+    return covariance.float() + DAMPING * covariance.diagonal().mean() * identity
+
+
+def lost(off: Tensor, c: Tensor) -> Tensor:
+    """The squared error at the outputs, by row: f32 [out, in]  ->  f32 [out]."""
+    return ((off @ c) * off).sum(1)
 
 
 def levels_by_row(levels: Tensor, rows: int) -> Pick:
@@ -56,9 +90,9 @@ def levels_by_row(levels: Tensor, rows: int) -> Pick:
     return lambda x: table.gather(1, x[:, None].gt(thresholds).sum(1, keepdim=True))[:, 0]
 
 
-def _factor(damped: Tensor) -> Tensor:
+def _factor(c: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse: its rows say how the columns behind make good what one lost."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(c))
     return torch.linalg.cholesky(inverse, upper=True)
 
 
@@ -76,8 +110,3 @@ def _one_by_one(w: Tensor, s: Tensor, pick: Pick, factor: Tensor) -> Tensor:
             found[:, start + j], losses[:, j] = number, loss
         left[:, end:].addmm_(losses, factor[start:end, end:], alpha=-1)
     return found
-
-
-def _lost(off: Tensor, covariance: Tensor) -> Tensor:
-    """The squared error at the outputs, by row."""
-    return ((off @ covariance) * off).sum(1)

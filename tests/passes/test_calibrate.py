@@ -15,6 +15,7 @@ from graph import Graph, QcError, Selector, capture
 from graph.formats import LutOptions, dense_value, packed_sites
 from passes.add_lora import AddLora
 from passes.calibrate import Calibrate
+from passes.keeping import Keep
 from passes.merge_lora import MergeLora
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
@@ -252,7 +253,7 @@ def test_who_has_no_use_for_it_says_so() -> None:
         (QuantizeBase(scheme="nf4"), "nf4 rounds each value to its nearest, as bitsandbytes does"),
         (QuantizeBase(scheme="lut", lut=latent), "a latent weight is rounded to the nearest at every step"),
         (QuantizeBase(scheme="int4", form="latent"), "a latent weight is rounded to the nearest at every step"),
-        (TernarySte(scale="least-squares"), "ternary weights are rounded by their thresholds at every step"),
+        (TernarySte(keep=Keep(share=0.5)), "with a scale of absmean weights begin as they are"),
     ):
         (error,) = [error for error in step.check(graph) if error.site == UP]
         assert (error.what, error.fix) == (start + why, fix)

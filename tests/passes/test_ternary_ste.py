@@ -6,10 +6,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from graph import QcError, Selector, capture, capture_module
-from graph.formats import dense_value, packed_sites
-from graph.moments import keep_moments
+from graph import Graph, QcError, Selector, capture, capture_module
+from graph.formats import TernaryRule, dense_value, packed_sites
+from graph.formats.ternary_start import fitted_with_feedback
+from graph.formats.trits import unpack_trits
+from graph.moments import COVARIANCE, keep_moments
 from passes.add_lora import AddLora
+from passes.freeze_ternary import FreezeTernary
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from passes.ternary_ste import SIZES, TernarySte
@@ -139,6 +142,60 @@ def test_moments_weigh_the_scale_and_are_used_up() -> None:
     q = made.sign()
     alpha = (w * q * moments).sum(-1) / (q.square() * moments).sum(-1)
     torch.testing.assert_close(made, q * alpha[:, None])
+
+
+def measured() -> Graph:
+    """The net, and what its linears read: columns that vary together."""
+    graph, generator = plain(), torch.Generator().manual_seed(0)
+    for name in ("up", "down"):
+        read = torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+        together = read.t() @ read / len(read)
+        keep_moments(graph, f"{name}.weight", graph.site(name), together, COVARIANCE)
+        keep_moments(graph, f"{name}.weight", graph.site(name), together.diagonal().clone())
+    return graph
+
+
+BEGUN: dict[str, Any] = {"tau": 0.7, "scale": "least-squares", "granularity": "group", "group": 16}
+
+
+def test_with_a_covariance_weights_begin_where_outputs_lose_least_and_it_is_used_up() -> None:
+    graph = measured()
+    w, together = graph.tensor("up.weight").detach(), graph.tensor("up.weight_covariance")
+    moments = graph.tensor("up.weight_moments")
+    integers, scale = fitted_with_feedback(w, together, TernaryRule("dead-zone", 0.7, "least-squares", 16))
+    report = apply(TernarySte(select=ALL, **BEGUN), graph)
+    made = dense_value(graph, packed_sites(graph)[0])
+    torch.testing.assert_close(made, integers * scale.repeat_interleave(16, 1))
+    assert made.sign().equal(integers)
+    assert not any("covariance" in name or "moments" in name for name in graph.tensors())
+    assert graph.info("up.weight.latent").trainable
+    alone = plain()
+    keep_moments(alone, "up.weight", alone.site("up"), moments)
+    keep_moments(alone, "down.weight", alone.site("down"), moments)
+    lower = apply(TernarySte(select=ALL, **BEGUN), alone).figures
+    off = [w - dense_value(one, packed_sites(one)[0]) for one in (graph, alone)]
+    lost = [float((one @ together * one).sum()) for one in off]
+    assert lost[0] < 0.5 * lost[1]
+    assert float(report.figures["worst_relative_error"]) > float(lower["worst_relative_error"]), "of the weight itself"
+
+
+def test_frozen_integers_are_those_that_were_begun_with() -> None:
+    graph = measured()
+    w, together = graph.tensor("up.weight").detach(), graph.tensor("up.weight_covariance")
+    integers, _ = fitted_with_feedback(w, together, TernaryRule("dead-zone", 0.7, "least-squares", 16))
+    apply(TernarySte(select=ALL, **BEGUN), graph)
+    apply(FreezeTernary(), graph)
+    assert (unpack_trits(graph.tensor("up.weight.indices"), "2bit", 64).int() - 1).equal(integers.int())
+
+
+def test_a_covariance_is_refused_where_weights_begin_as_they_are() -> None:
+    graph = measured()
+    graph.module.graph.eliminate_dead_code()
+    graph.remove_tensor("up.weight_moments")
+    assert message(graph) == (
+        "calibrate measured the covariance of what reads up.weight, and with a scale of absmean weights begin as they are\n"
+        "  site   up\n  fix    take covariance out of this calibrate"
+    )
 
 
 @pytest.mark.parametrize(

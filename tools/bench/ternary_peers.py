@@ -4,9 +4,10 @@ python tools/bench/ternary_peers.py [--steps 30] [--rates 5e-4 1.5e-3] [--only N
 
 All begin with the seedling, make every linear of its blocks ternary and train nothing else, on the same tokens in the
 same order, 1,024 a step, with the same AdamW, warm-up, cosine and clipping; of several learning rates each side has its
-best. ``qc`` learns the next token as the peers do; ``qc, distilled`` what the FP16 model says of the same text, as the
-shipped recipe does. BitLinear has one scale a weight and rounds tokens to 8 bits, as it is made; PARQ finds its values
-anew at every step, straight through, by row or by as many columns as ours, or annealed over the first three quarters.
+best. ``qc`` learns the next token as the peers do; ``qc, distilled`` what the FP16 model says of the same text. All
+begin with the weights as they are, unlike the shipped recipe. BitLinear has one scale a weight and rounds tokens to 8
+bits, as it is made; PARQ finds its values anew at every step, straight through, by row or by as many columns as ours,
+or annealed over the first three quarters.
 What was run before is taken from --runs; with --only nothing else is trained. With --write the table goes into
 docs/ternary.md. Needs torchao.
 """
