@@ -90,7 +90,7 @@ def test_another_process_computes_the_same_bits(written: Path) -> None:
         ("factored", "latent", "indices"),
         ("latent", "factored", "latent"),
         ("factored", "rank-3", "scale_a"),
-        ("vectors", "vectors-baked", "q_proj.weight.lut is float16"),
+        ("vectors", "vectors-baked", "q_proj.weight.lut is float32"),
     ],
 )
 def test_the_weights_of_one_form_are_refused_by_the_graph_of_another(
