@@ -39,8 +39,8 @@ def loss(graph: Graph, folder: Path, data: TextFiles) -> float:
     """The loss on the same text, of a copy that a step of a vanishing rate leaves as it is."""
     copy = graph.copy()
     for name, info in copy.tensors().items():
+        copy.set_tensor(name, copy.tensor(name).detach().clone())  # first: a copy has the tensors of the original
         copy.set_info(name, trainable=info.role == "norm" and info.kind == "parameter", group=None)
-        copy.set_tensor(name, copy.tensor(name).detach().clone())
     return trained(copy, folder, data, 1, 1e-12)
 
 
