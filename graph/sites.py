@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -247,17 +247,23 @@ _BETWEEN = frozenset({
 
 def _reach(start: list[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
     """The first matrix products that can be reached over elementwise ops and reshapes."""
-    found, pending, seen = [], list(start), set()
+
+    def onwards(here: fx.Node) -> Iterable[fx.Node]:
+        op = op_name(here.target)
+        return step(here) if op not in _MATMUL and (here in start or op in _PASSTHROUGH | _BETWEEN) else ()
+
+    return [here for here in _walk(start, onwards) if op_name(here.target) in _MATMUL]
+
+
+def _walk(start: Iterable[fx.Node], onwards: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """The ops that are reached, each once, the nearest first."""
+    pending, seen = list(start), set[fx.Node]()
     while pending:
         here = pending.pop(0)
-        if here in seen or here.op != "call_function":
-            continue
-        seen.add(here)
-        if op_name(here.target) in _MATMUL:
-            found.append(here)
-        elif here in start or op_name(here.target) in _PASSTHROUGH | _BETWEEN:
-            pending += step(here)
-    return found
+        if here not in seen and here.op == "call_function":
+            seen.add(here)
+            yield here
+            pending += onwards(here)
 
 
 def _name_projections(core: fx.Node, inputs: list[fx.Node], roles: dict[fx.Node, str]) -> None:
@@ -296,24 +302,21 @@ def _bent(node: fx.Node) -> fx.Node | None:
 
     Some models write out their activation: GELU with tanh or erf is seven ops that read the linear three times.
     """
-    found: set[fx.Node] = set()
-    pending, seen, bends = [node], set[fx.Node](), False
-    while pending:
-        here = pending.pop()
-        if here in seen or here.op != "call_function":
-            continue
-        seen.add(here)
+
+    def onwards(here: fx.Node) -> list[fx.Node]:
+        op = op_name(here.target)
+        return [] if op == "aten.linear" else here.all_input_nodes[:1] if op in _WHOLE else here.all_input_nodes
+
+    found, bends = list[fx.Node](), False
+    for here in _walk([node], onwards):
         op = op_name(here.target)
         if op == "aten.linear":
-            found.add(here)
-        elif op in _WHOLE:
-            pending += here.all_input_nodes[:1]
-        elif torch.Tag.pointwise in getattr(here.target, "tags", ()):
+            found.append(here)
+        elif op not in _WHOLE:
+            if torch.Tag.pointwise not in getattr(here.target, "tags", ()):
+                return None
             bends = bends or op not in _STRAIGHT
-            pending += here.all_input_nodes
-        else:
-            return None
-    return found.pop() if bends and len(found) == 1 else None
+    return found[0] if bends and len(found) == 1 else None
 
 
 def _linears_behind(node: fx.Node, activations: bool = False) -> dict[fx.Node, set[bool]]:
@@ -342,17 +345,10 @@ def _is_small_step(node: fx.Node, activations: bool, through: bool) -> bool:
 
 
 def _linears_ahead(node: fx.Node) -> Iterator[fx.Node]:
-    pending, seen = list(node.users), set()
-    while pending:
-        here = pending.pop()
-        if here in seen or here.op != "call_function":
-            continue
-        seen.add(here)
-        op = op_name(here.target)
-        if op == "aten.linear":
-            yield here
-        elif op in _PASSTHROUGH or op in NORMS:
-            pending += list(here.users)
+    def onwards(here: fx.Node) -> Iterable[fx.Node]:
+        return here.users if op_name(here.target) in _PASSTHROUGH | NORMS else ()
+
+    return (here for here in _walk(node.users, onwards) if op_name(here.target) == "aten.linear")
 
 
 def _flows_to(node: fx.Node, ends: set[fx.Node]) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from graph import Graph
 from graph.weights import sha256
 from runtimes.export import ABOUT
+from runtimes.verify import Report, verify
 
 
 def read_here(monkeypatch: pytest.MonkeyPatch, worker: ModuleType, *failures: type[Exception]) -> None:
@@ -34,3 +38,11 @@ def resigned(folder: Path) -> None:
     for name, entry in about["files"].items():
         entry["sha256"] = sha256(folder / name)
     (folder / ABOUT).write_text(json.dumps(about))
+
+
+def verified_spoiled(export: Path, into: Path, broken: Callable[[Path], None], graph: Graph) -> Report:
+    """What is found of a copy ``into`` of an export that is ``broken``, and signed."""
+    folder = Path(shutil.copytree(export, into))
+    broken(folder)
+    resigned(folder)
+    return verify(folder, graph)

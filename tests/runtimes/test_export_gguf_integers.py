@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from passes.runner import apply
 from runtimes.export import ABOUT, obstacles
 from runtimes.export.gguf import FILE, export
 from runtimes.verify import verify
-from tests.runtimes.readers import resigned
+from tests.runtimes.readers import verified_spoiled
 from tests.runtimes.test_export_gguf import captured, frozen, gguf, same_process
 
 __all__ = ["same_process"]
@@ -257,10 +256,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_caught_under_its_own_name(fault: str, right: Callable[[str], Path], tmp_path: Path) -> None:
     encoding, broken, caught = FAULTS[fault]
-    folder = shutil.copytree(right(encoding), tmp_path / "out")
-    broken(folder)
-    resigned(folder)
-    found = verify(folder, captured("qwen3"))
+    found = verified_spoiled(right(encoding), tmp_path / "out", broken, captured("qwen3"))
     assert [finding.what for finding in found.findings if not finding.passed][:1] == [caught], found.table()
 
 

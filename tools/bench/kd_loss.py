@@ -79,18 +79,16 @@ def ours(said: argparse.Namespace) -> Callable[[], float]:
 
 def worker(said: argparse.Namespace) -> None:
     """Answer every line on stdin with the seconds of a step and the peak of memory above the start, in MiB."""
+    from tools.bench.resident import kibibytes, mark_here
+
     step = dense(said) if said.worker == "dense" else ours(said)
-    before = _kibibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = kibibytes("VmRSS")
+    mark_here()
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
-        print(json.dumps([time.perf_counter() - start, (_kibibytes("VmHWM") - before) / 1024]), flush=True)
-
-
-def _kibibytes(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+        print(json.dumps([time.perf_counter() - start, (kibibytes("VmHWM") - before) / 1024]), flush=True)
 
 
 def compare(said: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
+from tools.bench.resident import kibibytes
+
 COPIES, RSS_GIB = 6, 2.0
 """How many copies an export may take, and how much memory."""
 
@@ -70,9 +72,7 @@ def worker(target: str, model: str, out: str) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     report = find(target)(capture(model), Path(out), dtype=default_dtype(target), **OPTIONS.get(target, {}))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]  # ru_maxrss begins with that of the parent
-    peak = int(status.split()[0]) / 2**20
-    print(json.dumps([seconds, cpu, peak, report.bytes]))
+    print(json.dumps([seconds, cpu, kibibytes("VmHWM") / 2**20, report.bytes]))
 
 
 def copy_seconds(file: Path) -> float:

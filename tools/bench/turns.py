@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tools.bench.resident import kibibytes, mark_here
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 VOCABULARY = 4096
@@ -118,14 +120,13 @@ class Training:
 def serve(make_side: Callable[[], Side]) -> None:
     """Take a step for every number on stdin; answer with loss, seconds, CPU seconds and the memory's peak."""
     side = make_side()
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts here: loading does not count
+    mark_here()  # loading does not count
     print("ready", flush=True)
     for line in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         loss = side.step(int(line))
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-        print(json.dumps([loss, seconds, cpu_seconds, int(status.split()[0]) / 1024]), flush=True)
+        print(json.dumps([loss, seconds, cpu_seconds, kibibytes("VmHWM") / 1024]), flush=True)
 
 
 def take_turns(bench: str, kinds: Sequence[str], arguments: Sequence[str], steps: int) -> dict[str, Taken]:

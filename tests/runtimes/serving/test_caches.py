@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from runtimes.export._serving import settings_of
 from runtimes.serving.caches import caches_of, largest_kept, round_kept
 from runtimes.serving.rules import refusals
 from runtimes.verify import verify
-from tests.runtimes.readers import resigned
+from tests.runtimes.readers import verified_spoiled
 from tests.runtimes.serving.models import Case, exported, graph, same_process
 from tests.runtimes.serving.test_faults import configured, tensors, value
 from tests.runtimes.serving.test_packed import stored
@@ -138,10 +137,7 @@ FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_caught_under_its_own_name(fault: str, right: Callable[[Case], Path], tmp_path: Path) -> None:
     case, broken, caught = FAULTS[fault]
-    folder = shutil.copytree(right(case), tmp_path / "out")
-    broken(folder)
-    resigned(folder)
-    found = verify(folder, graph())
+    found = verified_spoiled(right(case), tmp_path / "out", broken, graph())
     failed = [finding.what for finding in found.findings if not finding.passed]
     assert caught in failed[:1] or (caught == "scales of the cache" and caught in failed), found.table()
 

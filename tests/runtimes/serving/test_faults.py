@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graph.formats import Scaled
 from runtimes.verify import verify
-from tests.runtimes.readers import resigned
+from tests.runtimes.readers import verified_spoiled
 from tests.runtimes.serving.models import Case, exported, graph, same_process
 
 __all__ = ["same_process"]
@@ -151,10 +151,7 @@ FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_caught_under_its_own_name(fault: str, right: Callable[[Case], Path], tmp_path: Path) -> None:
     case, broken, caught = FAULTS[fault]
-    folder = shutil.copytree(right(case), tmp_path / "out")
-    broken(folder)
-    resigned(folder)
-    found = verify(folder, graph())
+    found = verified_spoiled(right(case), tmp_path / "out", broken, graph())
     assert [finding.what for finding in found.findings if not finding.passed][:1] == [caught], found.table()
 
 

@@ -28,6 +28,7 @@ from runtimes.train.distribute import Processes
 from runtimes.train.objectives import next_token
 from runtimes.train.student import Student
 from tests.runtimes.train.tiny import corpus, run, settings, tiny_graph
+from tools.bench.resident import kibibytes, mark_here
 
 ROWS, LENGTH = 2, 256
 ROOT = Path(__file__).parents[3]
@@ -103,14 +104,10 @@ def peak(made: Student) -> int:
     """Bytes that a step takes at its highest beyond what is held before it."""
     step(made)
     release_freed()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    mark_here()
+    before = kibibytes("VmRSS")
     step(made)
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+    return 1024 * (kibibytes("VmHWM") - before)
 
 
 PEAKS = """
