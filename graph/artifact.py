@@ -26,8 +26,9 @@ from typing import Any
 
 from graph.core import Graph
 from graph.errors import QcError
+from graph.hashes import sha256
 from graph.schema import from_json, to_json
-from graph.weights import Entry, Stored, read_header, sha256, write
+from graph.weights import Entry, Stored, read_header, write
 
 VERSION = 1
 TOKENIZER_FILES = (

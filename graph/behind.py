@@ -1,8 +1,7 @@
-"""What threads do behind a file that is being written: hash it, and send it to the disk."""
+"""What a thread does behind a file that is being written: send it to the disk."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -31,21 +30,3 @@ class Flushed:
         self.file.flush()
         self.last.result()
         os.fsync(self.file.fileno())
-
-
-class Digest:
-    """The sha256 of bytes given one after the other, found by a thread; the last of them are held until then."""
-
-    def __init__(self, pool: ThreadPoolExecutor):
-        self.pool, self.found = pool, hashlib.sha256()
-        self.last = pool.submit(self.found.update, b"")
-
-    def update(self, data: Any) -> None:
-        """Go on with ``data``, once what came before is through."""
-        self.last.result()
-        self.last = self.pool.submit(self.found.update, data)
-
-    def hexdigest(self) -> str:
-        """Of all that was given."""
-        self.last.result()
-        return self.found.hexdigest()

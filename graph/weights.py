@@ -15,14 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from graph.behind import Digest, Flushed
+from graph.behind import Flushed
 from graph.errors import QcError
+from graph.hashes import new_blake3
 from graph.pages import room
+
+if TYPE_CHECKING:
+    from blake3 import blake3
 
 _NAMES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
@@ -195,9 +199,8 @@ def write(
 ) -> dict[str, str]:
     """Write ``entries`` to ``stem.safetensors``, or to numbered shards and an index; return name -> file.
 
-    One tensor is held at a time, and the one before it while ``hashes`` gets the sha256 of each file of tensors, which
-    a thread finds of what is written, so that nothing is read again. Files appear under their own names at once: write
-    into a temporary folder.
+    Few tensors are held at a time. ``hashes`` gets the BLAKE3 hash of each file of tensors, found of what is written,
+    so that nothing is read again. Files appear under their own names at once: write into a temporary folder.
     """
     shards: list[list[Entry]] = [[]]
     for entry in sorted(entries, key=lambda e: e.name):
@@ -211,9 +214,8 @@ def write(
     )
     where: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        with ThreadPoolExecutor(1) as pool:
-            digest = None if hashes is None else Digest(pool)
-            _write_one(folder / name, shard, digest)
+        digest = None if hashes is None else new_blake3()
+        _write_one(folder / name, shard, digest)
         if hashes is not None and digest is not None:
             hashes[name] = digest.hexdigest()
         where |= {e.name: name for e in shard}
@@ -224,7 +226,7 @@ def write(
     return where
 
 
-def _write_one(path: Path, entries: list[Entry], digest: Digest | None) -> None:
+def _write_one(path: Path, entries: list[Entry], digest: blake3 | None) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
@@ -260,12 +262,6 @@ def _value_of(entry: Entry) -> Any:
     value = entry.load()
     assert tuple(value.shape) == entry.shape and value.dtype == entry.dtype, f"{entry.name} changed its type"
     return _raw(value)
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_sha256(value: Tensor) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graph.errors import QcError
-from graph.weights import sha256
+from graph.hashes import blake3_of
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe, Stage
@@ -159,7 +159,7 @@ def identity(model: str) -> str:
         p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt") and p.is_file()
     )
     remembered = _Remembered()
-    lines = [f"{p.name} {remembered.sha256(p)}" for p in wanted]
+    lines = [f"{p.name} {remembered.blake3(p)}" for p in wanted]
     remembered.keep()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -188,12 +188,12 @@ class _Remembered:
             self.known = {}
         self.before = len(self.known)
 
-    def sha256(self, path: Path) -> str:
+    def blake3(self, path: Path) -> str:
         status = path.stat()
-        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        key = f"blake3 {path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
         if key not in self.known:
             try:
-                self.known[key] = sha256(path)
+                self.known[key] = blake3_of(path)
             except OSError as error:
                 raise QcError(
                     f"cannot read {path}: {error.strerror}", fix="check the permissions of the model folder"

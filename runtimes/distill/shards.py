@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graph.errors import QcError
-from graph.weights import Entry, read_header, sha256, write
+from graph.hashes import sha256
+from graph.weights import Entry, read_header, write
 from runtimes.data.disk import replace_text, sync
 from runtimes.distill.layout import Meta
 

@@ -20,7 +20,7 @@ from runtimes.serving.settings import BF16, OPTIONS
 from runtimes.serving.settings import TARGETS as SERVING
 
 ABOUT = "qc-export.json"
-"""The file of an export that says what it is: target, dtype, and the sha256 of every other file."""
+"""The file of an export that says what it is: target, dtype, and the hash of every other file."""
 
 
 ANE_OPTIONS = ("chip", "context", "prefill", "kv", "chunks", "lengths", "dense_prefill", "memory")

@@ -59,7 +59,7 @@ def export(
             found: dict[str, str] = {}
             entries = [count.entry(tensor) for tensor in tensors[name]]
             write(new / name, entries, stem="model", max_shard=max_shard, hashes=found)
-            hashes |= {str(Path(name) / file): sha256 for file, sha256 in found.items()}
+            hashes |= {str(Path(name) / file): digest for file, digest in found.items()}
             describe(model, new / name, dtype, carried[name])
         if parts is not None:
             write(new, parts.entries(DTYPES[dtype]), stem=MEMORY, max_shard=max_shard)

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from graph import QcError
-from graph.weights import Entry, read_header, sha256, write
+from graph.hashes import sha256
+from graph.weights import Entry, read_header, write
 from runtimes.data.disk import explained, new_folder, remove, sweep
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from graph import Graph, QcError
-from graph.weights import sha256
+from graph.hashes import sha256
 from runtimes.data.disk import sweep
 from runtimes.settings import Kd, Train
 from runtimes.train import plot

@@ -23,8 +23,9 @@ from torch import nn
 from graph import Graph, QcError, Selector, TensorInfo, capture_module
 from graph.artifact import Artifact, load, save, sealed
 from graph.formats import FourBit, store_packed
+from graph.hashes import sha256
 from graph.probe import probe_inputs
-from graph.weights import read_header, sha256
+from graph.weights import read_header
 from tests.graph.tiny import qwen
 
 DAMAGED = "the artifact is damaged; compile the recipe again"

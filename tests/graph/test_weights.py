@@ -25,7 +25,8 @@ from torch import Tensor
 
 from graph import QcError, behind, capture
 from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
-from graph.weights import AT_ONCE, Entry, read_header, read_metadata, sha256, tensor_sha256, write
+from graph.hashes import blake3_of, sha256
+from graph.weights import AT_ONCE, Entry, read_header, read_metadata, tensor_sha256, write
 from tests.graph.tiny import checkpoint, model, qwen
 
 FETCH = "fetch the file again, or point the recipe at an undamaged checkpoint"
@@ -119,7 +120,7 @@ def test_what_is_written_is_hashed_on_the_way(tmp_path: Path) -> None:
     where = write(
         tmp_path, [entry(name, value) for name, value in tensors.items()], stem="w", max_shard=25_000, hashes=hashes
     )
-    assert hashes == {name: sha256(tmp_path / name) for name in set(where.values())}
+    assert hashes == {name: blake3_of(tmp_path / name) for name in set(where.values())}
     assert len(hashes) == 3
 
 
@@ -168,7 +169,7 @@ def test_a_tensor_made_of_pieces_is_written_as_one_and_never_asked_for_whole(tmp
     large = Entry("b", (7, 30), torch.float32, whole, pieces=pieces)
     write(tmp_path, [entry("a", rest), large, entry("c", rest)], stem="pieces", hashes=hashes)
     write(tmp_path, [entry("a", rest), entry("b", value), entry("c", rest)], stem="whole")
-    assert hashes == {"pieces.safetensors": sha256(tmp_path / "whole.safetensors")}
+    assert hashes == {"pieces.safetensors": blake3_of(tmp_path / "whole.safetensors")}
 
 
 def test_rows_of_a_stored_tensor_are_read_alone(tmp_path: Path) -> None:

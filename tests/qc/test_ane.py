@@ -50,7 +50,7 @@ def test_a_spoiled_package_ends_with_4(exported: tuple[str, Path], folder: Path)
     done = qc("verify", str(exported[1]), "--artifact", exported[0], cwd=folder)
     path.write_bytes(content)
     assert done.code == 4
-    assert "weight.bin is not what was written: its sha256 is wrong" in done.err
+    assert "weight.bin is not what was written: its hash is wrong" in done.err
 
 
 @pytest.mark.parametrize("given", ["", pytest.param("chunk_1.mlpackage", marks=pytest.mark.slow)])

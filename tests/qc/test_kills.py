@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graph.weights import sha256
+from graph.hashes import sha256
 from tests.qc.command import answer, killed, qc
 
 RECIPE = """

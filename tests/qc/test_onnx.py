@@ -48,7 +48,7 @@ def test_a_spoiled_model_ends_with_4(exported: tuple[str, Path], folder: Path) -
     done = qc("verify", str(exported[1]), "--artifact", exported[0], cwd=folder)
     path.write_bytes(content)
     assert done.code == 4
-    assert "model.onnx is not what was written: its sha256 is wrong" in done.err
+    assert "model.onnx is not what was written: its hash is wrong" in done.err
 
 
 def test_generate_answers_from_the_model(exported: tuple[str, Path], folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graph.weights import sha256
+from graph.hashes import sha256
 from tests.qc.command import Done, answer, killed, qc
 
 RECIPE = """

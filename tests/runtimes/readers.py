@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from graph import Graph
-from graph.weights import sha256
+from graph.hashes import blake3_of
 from runtimes.export import ABOUT
 from runtimes.verify import Report, verify
 
@@ -36,7 +36,7 @@ def resigned(folder: Path) -> None:
     """Record the hashes of the files as they are: a fault of the exporter is signed too."""
     about = json.loads((folder / ABOUT).read_text())
     for name, entry in about["files"].items():
-        entry["sha256"] = sha256(folder / name)
+        entry["blake3"] = blake3_of(folder / name)
     (folder / ABOUT).write_text(json.dumps(about))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from graph import Graph, QcError, capture, dense
 from graph.dense import Dense
-from graph.weights import AT_ONCE, read_header, sha256
+from graph.hashes import sha256
+from graph.weights import AT_ONCE, read_header
 from runtimes.export import ABOUT, find, targets
 from runtimes.export.safetensors import DTYPES, Dtype, export
 from tests.architectures import config

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graph import Graph, QcError, capture
-from graph.weights import sha256
+from graph.hashes import blake3_of, sha256
 from runtimes.export import ABOUT
 from runtimes.export.safetensors import Dtype, export
 from runtimes.verify import weights_worker
+from runtimes.verify.findings import hashes
 from runtimes.verify.weights import Rounded, probe_batches
 from runtimes.verify.weights import verify_weights as verify
 from tests.architectures import config
@@ -131,7 +132,7 @@ def sealed(folder: Path) -> None:
     """Make the hashes right again: whoever wrote this export meant it so."""
     about = json.loads((folder / ABOUT).read_text())
     about["files"] = {
-        str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        str(p.relative_to(folder)): {"blake3": blake3_of(p), "bytes": p.stat().st_size}
         for p in folder.rglob("*")
         if p.is_file() and p.name != ABOUT
     }
@@ -203,11 +204,23 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
     flipped = verify(out, graph())
     assert not flipped.passed
     assert flipped.table() == (
-        "FAIL  files    model.safetensors is not what was written: its sha256 is wrong\nok    tensors  24 in fp16"
+        "FAIL  files    model.safetensors is not what was written: its hash is wrong\nok    tensors  24 in fp16"
     )
     path.write_bytes(right)
     (out / "tokenizer.json").unlink()
     assert failing(out) == [("files", "tokenizer.json is missing")]
+
+
+def test_an_export_of_before_is_held_to_its_sha256_and_one_without_a_hash_is_not_trusted(tmp_path: Path) -> None:
+    out = exported(tmp_path)
+    about = json.loads((out / ABOUT).read_text())
+    about["files"] = {name: {"sha256": sha256(out / name), "bytes": e["bytes"]} for name, e in about["files"].items()}
+    (out / ABOUT).write_text(json.dumps(about))
+    assert hashes(out, about).passed
+    about["files"]["config.json"]["sha256"] = "0" * 64
+    assert hashes(out, about).found == "config.json is not what was written: its hash is wrong"
+    del about["files"]["config.json"]["sha256"]
+    assert hashes(out, about).found == "config.json is not what was written: its hash is wrong"
 
 
 @pytest.mark.usefixtures("same_process")

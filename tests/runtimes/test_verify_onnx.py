@@ -14,7 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from graph import Graph
-from graph.weights import sha256
+from graph.hashes import blake3_of
 from runtimes.export import ABOUT
 from runtimes.onnx.file import DATA, MODEL
 from runtimes.verify import onnx_worker as worker
@@ -248,7 +248,7 @@ def test_a_fault_that_the_hashes_know_nothing_of_is_found(
 def sign_again(export: Path) -> None:
     about = json.loads((export / ABOUT).read_text())
     files = {name: export / name for name in about["files"] if (export / name).is_file()}
-    about["files"] = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
+    about["files"] = {name: {"blake3": blake3_of(path), "bytes": path.stat().st_size} for name, path in files.items()}
     (export / ABOUT).write_text(json.dumps(about))
 
 
@@ -257,7 +257,7 @@ def sign_again(export: Path) -> None:
     ("damage", "found"),
     [
         (missing_data, "model.onnx.data is missing"),
-        (short_data, "model.onnx.data is not what was written: its sha256 is wrong"),
+        (short_data, "model.onnx.data is not what was written: its hash is wrong"),
     ],
 )
 def test_what_was_changed_behind_the_export_is_named(

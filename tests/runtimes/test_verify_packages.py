@@ -119,7 +119,7 @@ def test_a_changed_file_is_found_by_its_hash(export: Path, graph: Graph) -> None
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     found = verify(export, graph)
     assert [f.found for f in found.findings] == [
-        "chunk_1.mlpackage/Data/com.apple.CoreML/weights/weight.bin is not what was written: its sha256 is wrong"
+        "chunk_1.mlpackage/Data/com.apple.CoreML/weights/weight.bin is not what was written: its hash is wrong"
     ]
 
 

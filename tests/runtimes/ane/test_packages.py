@@ -14,8 +14,8 @@ import torch
 
 from graph import Graph, capture
 from graph.checkpoint import locate
+from graph.hashes import blake3_of
 from graph.probe import psnr_db
-from graph.weights import sha256
 from runtimes.ane.emitter import Emitter
 from runtimes.ane.mil import FunctionPlan, Port, write_package
 from runtimes.export.ane import export
@@ -62,7 +62,7 @@ def test_an_export_is_its_packages_its_contract_and_its_tables(tmp_path: Path) -
     about = json.loads((report.folder / "qc-export.json").read_text())
     assert (about["target"], about["dtype"]) == ("ane", "fp16")
     for name, said in about["files"].items():
-        assert said == {"sha256": sha256(report.folder / name), "bytes": (report.folder / name).stat().st_size}
+        assert said == {"blake3": blake3_of(report.folder / name), "bytes": (report.folder / name).stat().st_size}
 
 
 @pytest.mark.parametrize("kv", ["state_slice", "state_blend", "io"])

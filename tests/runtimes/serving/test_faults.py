@@ -160,5 +160,5 @@ def test_a_file_that_was_changed_behind_its_signature_is_named(right: Callable[[
     value(f"{UP}weight_scale", lambda s: s * 2)(folder)
     found = verify(folder, graph())
     assert [(f.what, f.found) for f in found.findings if not f.passed] == [
-        ("files", "model.safetensors is not what was written: its sha256 is wrong")
+        ("files", "model.safetensors is not what was written: its hash is wrong")
     ]

@@ -1,0 +1,32 @@
+"""What tells a file from one that was changed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blake3 import blake3
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_of(path: Path) -> str:
+    """The BLAKE3 hash of a file, in hexadecimal: found ten times as quickly (decision 0013)."""
+    digest = new_blake3()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def new_blake3() -> blake3:
+    """The BLAKE3 hash of nothing, which goes on with what it is given."""
+    from blake3 import blake3
+
+    return blake3()
