@@ -1,10 +1,13 @@
-"""What tells a file from one that was changed."""
+"""What tells a file, or a tensor, from one that was changed."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from blake3 import blake3
@@ -30,3 +33,14 @@ def new_blake3() -> blake3:
     from blake3 import blake3
 
     return blake3()
+
+
+def tensor_sha256(value: Tensor) -> str:
+    """The sha256 of a tensor's bytes."""
+    return hashlib.sha256(raw(value)).hexdigest()
+
+
+def raw(value: Tensor) -> Any:
+    """The bytes of a tensor, not copied where it is contiguous on the CPU."""
+    flat = value.detach().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""

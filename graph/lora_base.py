@@ -9,9 +9,9 @@ from torch import Tensor
 
 from graph.core import Graph
 from graph.errors import QcError
+from graph.hashes import tensor_sha256
 from graph.probe import evaluate_constant
 from graph.sites import Site, is_constant, node_name
-from graph.weights import tensor_sha256
 
 
 def in_out(site: Site) -> tuple[int, int]:

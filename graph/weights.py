@@ -5,7 +5,6 @@ A file is opened for one tensor and closed again, so that reading a checkpoint n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from graph.behind import Flushed
 from graph.errors import QcError
-from graph.hashes import new_blake3
+from graph.hashes import new_blake3, raw
 from graph.pages import room
 
 if TYPE_CHECKING:
@@ -38,6 +37,12 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 AT_ONCE = 4
 """Tensors that are made at the same time to be written, at most: they are in memory together."""
+
+WAITING = 3
+"""Tensors that are made, or wait for a thread, beyond those: no thread idles while another writes a large one."""
+
+WORTH_A_TURN = 1 << 22
+"""Bytes that are made in one go, at least: small tensors are not worth a place among those."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Stored:
 
 def _read_into(descriptor: int, data: Tensor, start: int) -> bool:
     """Fill ``data``; False where the file ends before."""
-    view, done = memoryview(_raw(data)), 0
+    view, done = memoryview(raw(data)), 0
     while done < len(view):
         step = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)
         if step == 0:
@@ -253,20 +258,28 @@ def _values(entries: list[Entry]) -> Iterator[Any]:
 
     pieces = chain.from_iterable(entry.pieces or (entry,) for entry in entries)
     together = (list(group) for _, group in groupby(pieces, lambda entry: entry.made_with or entry.name))
-    made = worked_ahead(lambda group: [*map(_value_of, group)], together, min(torch.get_num_threads(), AT_ONCE))
+    threads = min(torch.get_num_threads(), AT_ONCE)
+    made = worked_ahead(lambda group: [*map(_value_of, group)], _filled(together), threads, WAITING)
     return chain.from_iterable(made)
+
+
+def _filled(groups: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+    """Groups one behind the other, the small of them together: each is worth the turn of a thread."""
+    ready: list[Entry] = []
+    for group in groups:
+        ready += group
+        if sum(entry.bytes for entry in ready) >= WORTH_A_TURN:
+            yield ready
+            ready = []
+    if ready:
+        yield ready
 
 
 def _value_of(entry: Entry) -> Any:
     """The bytes of a tensor whose turn has come."""
     value = entry.load()
     assert tuple(value.shape) == entry.shape and value.dtype == entry.dtype, f"{entry.name} changed its type"
-    return _raw(value)
-
-
-def tensor_sha256(value: Tensor) -> str:
-    """The sha256 of a tensor's bytes."""
-    return hashlib.sha256(_raw(value)).hexdigest()
+    return raw(value)
 
 
 def all_finite(value: Tensor) -> bool:
@@ -275,12 +288,6 @@ def all_finite(value: Tensor) -> bool:
         return True
     wide = value.float() if value.dtype.itemsize == 1 else value
     return all(math.isfinite(end) for end in wide.detach().aminmax())
-
-
-def _raw(value: Tensor) -> Any:
-    """The bytes of a tensor, not copied where it is contiguous on the CPU."""
-    flat = value.detach().contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else b""
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from graph import Graph, Site
+from graph.hashes import tensor_sha256
 from graph.ops import op_name
 from graph.shapes import dims_of
 from graph.text import DTYPES, diff
-from graph.weights import tensor_sha256
 
 HEAVY = ("aten.linear", "aten.embedding")
 

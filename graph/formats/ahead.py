@@ -16,12 +16,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def worked_ahead(work: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> Iterator[R]:
+def worked_ahead(
+    work: Callable[[T], R], items: Iterable[T], threads: int | None = None, waiting: int = 1
+) -> Iterator[R]:
     """``map(work, items)``, with as many items in work as torch has threads; steps inside have one thread.
 
-    Items are taken as they are needed: there is never more than one that waits for a thread, so that none idles while
-    an earlier item is not done. What ``work`` raises is raised at its item's turn, and what has not begun by then never
-    does.
+    Items are taken as they are needed: no more than ``waiting`` are there beyond those in work, so that no thread idles
+    while an earlier item is not done, or while whoever asks for them is busy with one. What ``work`` raises is raised
+    at its item's turn, and what has not begun by then never does.
     """
     threads = threads or torch.get_num_threads()
     if threads == 1:
@@ -33,7 +35,7 @@ def worked_ahead(work: Callable[[T], R], items: Iterable[T], threads: int | None
         for item in items:
             begun.append(pool.submit(work, item))
             del item
-            if len(begun) > threads:
+            if len(begun) >= threads + waiting:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()

@@ -18,8 +18,8 @@ import torch
 from graph import Graph, QcError, raise_all
 from graph.formats.ternary_file import Packed, account, described, split
 from graph.formats.ternary_rule import SMALLEST
-from graph.hashes import sha256
-from graph.weights import Entry, tensor_sha256, write
+from graph.hashes import sha256, tensor_sha256
+from graph.weights import Entry, write
 from runtimes.export import ExportReport
 from runtimes.export._folder import carry, in_the_way, replacing, sign, sizes_of, write_json
 from runtimes.export.safetensors import DTYPES, Dtype

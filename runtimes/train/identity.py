@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from graph import Graph
-from graph.weights import tensor_sha256
+from graph.hashes import tensor_sha256
 from runtimes.settings import Train
 from runtimes.train.groups import Members
 

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graph import QcError, behind, capture
+from graph import QcError, behind, capture, weights
 from graph.checkpoint import locate, open_checkpoint, read_config, weight_files
-from graph.hashes import blake3_of, sha256
-from graph.weights import AT_ONCE, Entry, read_header, read_metadata, tensor_sha256, write
+from graph.formats.ahead import worked_ahead
+from graph.hashes import blake3_of, sha256, tensor_sha256
+from graph.weights import AT_ONCE, WAITING, Entry, read_header, read_metadata, write
 from tests.graph.tiny import checkpoint, model, qwen
 
 FETCH = "fetch the file again, or point the recipe at an undamaged checkpoint"
@@ -124,7 +125,10 @@ def test_what_is_written_is_hashed_on_the_way(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
-def test_no_more_tensors_are_asked_for_than_threads_make_and_one(tmp_path: Path) -> None:
+def test_no_more_tensors_are_asked_for_than_threads_make_and_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "WORTH_A_TURN", 16)
     threads, most = min(torch.get_num_threads(), AT_ONCE), []
     held: set[int] = set()
 
@@ -137,10 +141,28 @@ def test_no_more_tensors_are_asked_for_than_threads_make_and_one(tmp_path: Path)
 
     entries = [Entry(name, (4,), torch.float32, lambda name=name: load(name)) for name in "abcdefghijkl"]  # type: ignore[misc]
     write(tmp_path, entries, stem="w")
-    assert max(most) <= threads + 2, "those in work, one that waits, and one that is being written"
+    assert max(most) <= threads + WAITING + 1, "those in work, those that wait, and one that is being written"
     assert {key: value[0].item() for key, value in load_file(tmp_path / "w.safetensors").items()} == {
         name: ord(name) for name in "abcdefghijkl"
     }
+
+
+def test_small_tensors_share_a_turn_and_large_ones_have_one_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "WORTH_A_TURN", 16 * 4)
+    turns: list[list[str]] = []
+    ahead = worked_ahead
+
+    def watched(work: Any, groups: Iterable[list[Entry]], threads: int, waiting: int) -> Iterator[Any]:
+        taken = list(groups)
+        turns.extend([one.name for one in group] for group in taken)
+        return ahead(work, taken, threads, waiting)
+
+    monkeypatch.setattr("graph.formats.ahead.worked_ahead", watched)
+    sizes = {"a": 3, "b": 3, "c": 20, "d": 16, "e": 2, "f": 2}
+    write(tmp_path, [entry(name, torch.ones(size)) for name, size in sizes.items()], stem="w")
+    assert turns == [["a", "b", "c"], ["d"], ["e", "f"]]
 
 
 def test_what_is_made_together_is_asked_for_by_one_thread_in_order(tmp_path: Path) -> None:
@@ -194,6 +216,7 @@ def test_what_is_written_goes_to_the_disk_on_the_way(tmp_path: Path, monkeypatch
         return torch.ones(1000)
 
     monkeypatch.setattr(behind, "FLUSH", 4000)
+    monkeypatch.setattr(weights, "WORTH_A_TURN", 4000)
     monkeypatch.setattr(os, "fsync", counted)
     write(tmp_path, [entry("a", torch.ones(1000)), Entry("b", (1000,), torch.float32, last)], stem="w")
     assert 4000 < sent[0] < 8000 < sent[-1] == (tmp_path / "w.safetensors").stat().st_size

@@ -16,9 +16,10 @@ import torch
 from graph import Graph, QcError, capture
 from graph.formats import format_of, packed_sites, packed_tensors, weight_name
 from graph.formats.ternary_file import Account
+from graph.hashes import tensor_sha256
 from graph.moments import keep_moments
 from graph.probe import probe_inputs, run
-from graph.weights import read_header, tensor_sha256
+from graph.weights import read_header
 from passes.freeze_ternary import FreezeTernary
 from passes.keeping import Keep
 from passes.runner import apply

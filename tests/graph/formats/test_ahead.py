@@ -20,8 +20,8 @@ def test_results_come_in_the_order_of_the_items_whichever_is_done_first() -> Non
     assert list(worked_ahead(work, range(5), threads=2)) == [0, 1, 4, 9, 16]
 
 
-@pytest.mark.parametrize(("threads", "most"), [(1, 1), (3, 4)])
-def test_no_more_than_one_item_waits_for_a_thread(threads: int, most: int) -> None:
+@pytest.mark.parametrize(("threads", "waiting", "most"), [(1, 1, 1), (1, 4, 1), (3, 1, 4), (2, 4, 6)])
+def test_no_more_items_wait_than_are_asked_to(threads: int, waiting: int, most: int) -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -29,7 +29,7 @@ def test_no_more_than_one_item_waits_for_a_thread(threads: int, most: int) -> No
             taken.append(item)
             yield item
 
-    results = worked_ahead(lambda item: item, items(), threads)
+    results = worked_ahead(lambda item: item, items(), threads, waiting)
     assert next(results) == 0 and len(taken) == most
 
 

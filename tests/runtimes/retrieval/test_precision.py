@@ -13,7 +13,7 @@ from graph.artifact import load, save
 from graph.encoder import as_encoder
 from graph.formats import FourBit, format_of, packed_sites
 from graph.gca import GcaGate
-from graph.weights import tensor_sha256
+from graph.hashes import tensor_sha256
 from passes.add_lora import AddLora
 from passes.attach_memory import AttachMemory
 from passes.insert_gca import InsertGca

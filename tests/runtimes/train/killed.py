@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from graph.weights import tensor_sha256
+from graph.hashes import tensor_sha256
 from runtimes.settings import Group
 from runtimes.train.metrics import read
 from tests.runtimes.train.tiny import corpus, run, settings, tiny_graph

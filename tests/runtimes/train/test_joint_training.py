@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from graph import Graph
-from graph.weights import tensor_sha256
+from graph.hashes import tensor_sha256
 from passes.degrade import Degrade
 from passes.runner import apply
 from runtimes.data import Batch

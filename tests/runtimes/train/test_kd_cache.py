@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from graph import Graph, QcError
-from graph.weights import tensor_sha256
+from graph.hashes import tensor_sha256
 from runtimes.distill.reader import TeacherCache
 from runtimes.settings import Data, KdCache, TextFiles, Train
 from runtimes.train.cached import CachedDistillation
