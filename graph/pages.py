@@ -11,8 +11,8 @@ import mmap
 import torch
 from torch import Tensor
 
-LARGE = 8 << 20
-"""Bytes from which on large pages are asked for: below, what a last page may have too much would weigh."""
+LARGE = 32 << 20
+"""Bytes from which on large pages are asked for. Less than that glibc hands out again when it is free, pages and all."""
 
 
 def room(size: int) -> Tensor:
