@@ -5,7 +5,7 @@ graph.txt             its text
 weights.safetensors   its tensors (or numbered shards)
 recipe.yaml           the recipe, verbatim
 recipe.lock.yaml      the recipe, resolved
-manifest.json         sha256 of every file and of itself, the parent artifact, a report for each pass
+manifest.json         BLAKE3 of every file, sha256 of itself, the parent artifact, a report for each pass
 tokenizer/            the tokenizer and the generation settings of the model
 memory_tokenizer/     the tokenizer of the encoder, of a graph that has one
 passes/NN-name.txt    the text after each pass
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 from graph.core import Graph
 from graph.errors import QcError
-from graph.hashes import sha256
+from graph.hashes import is_as_recorded, recorded, sha256
 from graph.schema import from_json, to_json
 from graph.weights import Entry, Stored, read_header, write
 
@@ -104,7 +105,8 @@ def save(
     """
     graph.verify()
     with appearing(folder) as new:
-        write(new, entries(graph), stem="weights", max_shard=max_shard)
+        hashes: dict[str, str] = {}
+        write(new, entries(graph), stem="weights", max_shard=max_shard, hashes=hashes)
         (new / "graph.json").write_text(json.dumps(to_json(graph), indent=1) + "\n", encoding="utf-8")
         (new / "graph.txt").write_text(f"{graph}\n", encoding="utf-8")
         for name, content in (texts or {}).items():
@@ -114,7 +116,8 @@ def save(
             copy_tokenizer(tokenizer, new / "tokenizer")
         if memory_tokenizer is not None:
             copy_tokenizer(memory_tokenizer, new / "memory_tokenizer")
-        files = {str(p.relative_to(new)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in _files(new)}
+        names = {str(p.relative_to(new)): p for p in _files(new)}
+        files = {name: recorded(p, hashes.get(name)) for name, p in names.items()}
         manifest = {"format": "qc-artifact", "version": VERSION, "parent": parent, **(about or {}), "files": files}
         (new / "manifest.json").write_bytes(sealed(manifest))
     return load(folder, check_hashes=False)
@@ -133,33 +136,56 @@ def _loader(graph: Graph, name: str) -> Callable[[], Any]:
 def load(folder: Path, *, check_hashes: bool = True) -> Artifact:
     """Open an artifact, strictly: every file with its hash, every tensor known and of its shape, every op allowed."""
     manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        _expect_file(folder / name, entry, check_hashes)
-    stored = _stored(folder, manifest["files"])
+    files = {folder / name: entry for name, entry in manifest["files"].items()}
+    for path, entry in files.items():
+        _expect_size(path, entry)
+    with ThreadPoolExecutor(2) as pool:  # hashing the weights takes seconds, and so does reading the graph
+        intact = [pool.submit(_expect_hash, path, entry) for path, entry in files.items() if check_hashes]
+        try:
+            graph = _read_graph(folder, manifest["files"])
+        finally:
+            for one in intact:
+                one.result()  # a file that was changed explains whatever else is wrong
+    return Artifact(folder, graph, manifest)
+
+
+def _read_graph(folder: Path, files: Mapping[str, Any]) -> Graph:
+    stored = _stored(folder, files)
     path = folder / "graph.json"
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         raise QcError(f"{path} cannot be read", fix=_FIX) from None
-    return Artifact(folder, from_json(data, stored, str(path)), manifest)
+    return from_json(data, stored, str(path))
 
 
 _FIX = "the artifact is damaged; compile the recipe again"
 
 
-def _expect_file(path: Path, entry: Any, check_hash: bool) -> None:
-    """See that a file is the one that was written."""
+def _expect_size(path: Path, entry: Mapping[str, Any]) -> None:
+    """See that a file is there, and whole."""
     try:
         size = path.stat().st_size if path.is_file() else None
-        found = sha256(path) if check_hash and size == entry["bytes"] else entry["sha256"]
     except OSError as error:
-        raise QcError(f"{path} cannot be read: {error.strerror}", fix="check the permissions and the disk") from None
+        raise _unreadable(path, error) from None
     if size is None:
         raise QcError(f"{path} is missing", fix=_FIX)
     if size != entry["bytes"]:
         raise QcError(f"{path} has {size} bytes, the manifest says {entry['bytes']}", fix=_FIX)
-    if found != entry["sha256"]:
-        raise QcError(f"{path} is not what was written: its sha256 is wrong", fix=_FIX)
+
+
+def _expect_hash(path: Path, entry: Mapping[str, Any]) -> None:
+    """See that a file is the one that was written."""
+    try:
+        intact = is_as_recorded(path, entry)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not intact:
+        raise QcError(f"{path} is not what was written: its hash is wrong", fix=_FIX)
+
+
+def _unreadable(path: Path, error: OSError) -> QcError:
+    return QcError(f"{path} cannot be read: {error.strerror}", fix="check the permissions and the disk")
 
 
 def _stored(folder: Path, files: Mapping[str, Any]) -> dict[str, Stored]:

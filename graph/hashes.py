@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,18 @@ def blake3_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def recorded(path: Path, blake3: str | None = None) -> dict[str, str | int]:
+    """What is written of a file to know it by: its hash, ``blake3`` where that is known, and its bytes."""
+    return {"blake3": blake3 or blake3_of(path), "bytes": path.stat().st_size}
+
+
+def is_as_recorded(path: Path, entry: Mapping[str, str | int]) -> bool:
+    """Whether a file has the hash that was recorded of it; before decision 0013 that was its sha256."""
+    if "blake3" in entry:
+        return blake3_of(path) == entry["blake3"]
+    return "sha256" in entry and sha256(path) == entry["sha256"]
 
 
 def new_blake3() -> blake3:

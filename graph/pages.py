@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LARGE = 32 << 20
-"""Bytes from which on large pages are asked for. Less than that glibc hands out again when it is free, pages and all."""
+"""Bytes from which on large pages are asked for. Less than that glibc gives again once it is free, pages and all."""
 
 
 def room(size: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from graph import QcError
 from graph.artifact import TOKENIZER_FILES, appearing, copy_tokenizer
-from graph.hashes import blake3_of
+from graph.hashes import recorded
 from runtimes.export import ABOUT
 
 _EMBEDDER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
@@ -61,8 +61,7 @@ def sign(new: Path, head: Mapping[str, Any], known: Mapping[str, str] | None = N
     """Write what the export is, and the BLAKE3 hash of each of its files, of those ``known`` as they were written."""
     told = known or {}
     files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
-    hashes = {name: {"blake3": told.get(name) or blake3_of(p), "bytes": p.stat().st_size} for name, p in files.items()}
-    write_json(new / ABOUT, {**head, "files": hashes})
+    write_json(new / ABOUT, {**head, "files": {name: recorded(p, told.get(name)) for name, p in files.items()}})
 
 
 def sizes_of(out: Path) -> dict[str, int]:

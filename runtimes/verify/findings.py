@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from graph import QcError
-from graph.hashes import blake3_of, sha256
+from graph.hashes import is_as_recorded
 from runtimes.export import ABOUT
 
 PROBE_TEXTS = ("def main(argv):\n    return 0\n", "The quick brown fox, naïve café, 東京.", " two  spaces\tand a tab")
-
-
-_HASHES: Mapping[str, Callable[[Path], str]] = {"blake3": blake3_of, "sha256": sha256}
-"""What the files of an export are known by; those written before decision 0013 have the other."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,7 @@ def hashes(folder: Path, about: Mapping[str, Any]) -> Finding:
         path = folder / name
         if not path.is_file():
             return Finding("files", False, f"{name} is missing")
-        kind = next((kind for kind in _HASHES if kind in entry), None)
-        if kind is None or _HASHES[kind](path) != entry[kind]:
+        if not is_as_recorded(path, entry):
             return Finding("files", False, f"{name} is not what was written: its hash is wrong")
     return Finding("files", True, f"{len(about['files'])}, each with its hash")
 

@@ -23,7 +23,7 @@ from torch import nn
 from graph import Graph, QcError, Selector, TensorInfo, capture_module
 from graph.artifact import Artifact, load, save, sealed
 from graph.formats import FourBit, store_packed
-from graph.hashes import sha256
+from graph.hashes import recorded, sha256
 from graph.probe import probe_inputs
 from graph.weights import read_header
 from tests.graph.tiny import qwen
@@ -71,7 +71,7 @@ def reseal(folder: Path) -> None:
     """Make the manifest true again, as someone would who edits an artifact by hand."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for name, entry in manifest["files"].items():
-        entry |= {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        entry |= recorded(folder / name)
     (folder / "manifest.json").write_bytes(sealed(manifest))
 
 
@@ -182,7 +182,26 @@ def test_a_changed_weight_file_is_named(copy: Path) -> None:
     path = sorted(copy.glob("*.safetensors"))[0]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert message(copy) == f"{path} is not what was written: its sha256 is wrong\n  fix    {DAMAGED}"
+    assert message(copy) == f"{path} is not what was written: its hash is wrong\n  fix    {DAMAGED}"
+
+
+def test_a_changed_file_is_named_before_what_is_wrong_in_it(copy: Path) -> None:
+    path = copy / "graph.json"
+    path.write_bytes(path.read_bytes()[:-2] + b" \n")
+    with pytest.raises(QcError, match="cannot be read"):
+        load(copy, check_hashes=False)
+    assert message(copy) == f"{path} is not what was written: its hash is wrong\n  fix    {DAMAGED}"
+
+
+def test_an_artifact_of_before_is_held_to_its_sha256(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    for name, entry in manifest["files"].items():
+        assert entry.pop("blake3")
+        entry["sha256"] = sha256(copy / name)
+    (copy / "manifest.json").write_bytes(sealed(manifest))
+    assert load(copy).graph.tensors()
+    (copy / "graph.txt").write_bytes((copy / "graph.txt").read_bytes()[:-1] + b" ")
+    assert message(copy) == f"{copy / 'graph.txt'} is not what was written: its hash is wrong\n  fix    {DAMAGED}"
 
 
 def test_an_edited_manifest_is_damaged(copy: Path) -> None:

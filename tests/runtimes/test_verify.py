@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graph import Graph, QcError, capture
-from graph.hashes import blake3_of, sha256
+from graph.hashes import recorded, sha256
 from runtimes.export import ABOUT
 from runtimes.export.safetensors import Dtype, export
 from runtimes.verify import weights_worker
@@ -132,9 +132,7 @@ def sealed(folder: Path) -> None:
     """Make the hashes right again: whoever wrote this export meant it so."""
     about = json.loads((folder / ABOUT).read_text())
     about["files"] = {
-        str(p.relative_to(folder)): {"blake3": blake3_of(p), "bytes": p.stat().st_size}
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ABOUT
+        str(p.relative_to(folder)): recorded(p) for p in folder.rglob("*") if p.is_file() and p.name != ABOUT
     }
     (folder / ABOUT).write_text(json.dumps(about))
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from graph import Graph
-from graph.hashes import blake3_of
+from graph.hashes import recorded
 from runtimes.export import ABOUT
 from runtimes.onnx.file import DATA, MODEL
 from runtimes.verify import onnx_worker as worker
@@ -248,7 +248,7 @@ def test_a_fault_that_the_hashes_know_nothing_of_is_found(
 def sign_again(export: Path) -> None:
     about = json.loads((export / ABOUT).read_text())
     files = {name: export / name for name in about["files"] if (export / name).is_file()}
-    about["files"] = {name: {"blake3": blake3_of(path), "bytes": path.stat().st_size} for name, path in files.items()}
+    about["files"] = {name: recorded(path) for name, path in files.items()}
     (export / ABOUT).write_text(json.dumps(about))
 
 
