@@ -55,14 +55,15 @@ def export(
     *,
     target: str,
     out: str | Path,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
     **options: Any,
 ) -> Path:
     """Write an artifact for another runtime, load it back in a fresh process and compare; the folder written.
 
-    ``options`` are those of the target: chip, context, prefill, kv, chunks, lengths, dense_prefill, memory of ``ane``.
+    ``options`` are those that the target has in a recipe: scheme of ``fp8``, chip of ``ane``. Without a ``dtype`` it is
+    the target's own, as in a recipe.
 
     Raises QcError where the target cannot take the graph, and VerificationFailed where the export computes otherwise.
     """

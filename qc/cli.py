@@ -237,7 +237,7 @@ def evaluate(
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="The folder of an export.")],
     artifact: Annotated[
-        str | None, typer.Option(help="The artifact it was made of; without it, the one it names.")
+        str | None, typer.Option(help="The artifact it was made of; without it, found in the folder of runs.")
     ] = None,
     runs: Runs = RUNS,
     json: Json = False,

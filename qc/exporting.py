@@ -12,6 +12,7 @@ from graph.artifact import Artifact, load
 from graph.errors import QcError
 from qc.compiling import compile_stage, stage_name, step_name
 from qc.console import VerificationFailed, size
+from qc.exported import artifact_of, asked, expect_same
 from qc.measuring import folder_bytes
 from qc.reading import text_reader
 from qc.runs import Run, find_artifact, find_run
@@ -32,9 +33,9 @@ def export_stage(
     run: Run, stage: Stage, wanted: Export, artifact: Path, tell: Tell, verify: bool = True
 ) -> dict[str, Any]:
     """Export an artifact, load that back in a fresh process, compare; what was exported before is checked again."""
-    folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
+    folder = Path(wanted.out) if wanted.out else run.stage(stage.name) / folder_name(wanted)
     found = export_artifact(artifact, wanted, folder, tell, verify, text=_text(run, stage))
-    run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
+    run.measure(step_name(stage, " ".join(["export", *wanted.words])), **found)
     return found
 
 
@@ -71,6 +72,11 @@ def _for_chunks(wanted: Export, loaded: Artifact) -> dict[str, Any]:
     return {"memory_tokenizer": loaded.memory_tokenizer} if own else {}
 
 
+def folder_name(wanted: Export) -> str:
+    """The folder of an export where none is given; two formats have two."""
+    return "-".join(["export", *wanted.words])
+
+
 def export_artifact(
     artifact: Path,
     wanted: Export,
@@ -85,14 +91,19 @@ def export_artifact(
     ``text`` is what ranges of inputs are found on, where there is any of the recipe's own.
     """
     from runtimes.export import ABOUT, find
+    from runtimes.verify.findings import read_about
 
     start = time.perf_counter()
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / ABOUT).is_file():
         raise QcError(f"{folder} is no export of qc, and --force replaces nothing else", fix="give another folder")
     loaded = load(artifact)
     if (folder / ABOUT).is_file() and not force:
+        expect_same(folder, read_about(folder), loaded.manifest, wanted)
         tell(f"exported before: {folder}")
     else:
+        about: dict[str, Any] = {"asked": asked(loaded.manifest, wanted)}
+        if wanted.target == "ternary":
+            about["reports"] = loaded.manifest["reports"]
         report = find(wanted.target)(
             loaded.graph,
             folder,
@@ -103,7 +114,7 @@ def export_artifact(
             **_for_chunks(wanted, loaded),
             **_calibrated(wanted, loaded, text),
             **wanted.options(),
-            **({"about": {"reports": loaded.manifest["reports"]}} if wanted.target == "ternary" else {}),
+            about=about,
         )
         tell(f"wrote {report.folder}: {size(report.bytes)}")
     found: dict[str, Any] = {"folder": str(folder), "bytes": folder_bytes(folder)}
@@ -155,16 +166,16 @@ def export_newest(
     }
     if given is not None and (Path(given) / "manifest.json").is_file():
         wanted = Export(target=target, dtype=dtype, **asked)  # type: ignore[arg-type]
-        folder = out or Path(given).parent / f"export-{target}-{wanted.numbers}"
+        folder = out or Path(given).parent / folder_name(wanted)
         return export_artifact(Path(given), wanted, folder, tell, verify, force)
     run = find_run(given, runs)
     recipe = run.recipe()
     stage, artifact = finish_passes(run, recipe, tell)
     said = next((e for s in recipe.plan() for e in s.export if e.target == target and dtype in (None, e.numbers)), None)
     wanted = replace(said or Export(target=target, dtype=dtype), **asked)  # type: ignore[arg-type]
-    folder = out or run.stage(stage.name) / f"export-{wanted.target}-{wanted.numbers}"
+    folder = out or run.stage(stage.name) / folder_name(wanted)
     found = export_artifact(artifact, wanted, folder, tell, verify, force, _text(run, stage))
-    run.measure(step_name(stage, f"export {wanted.target} {wanted.numbers}"), **found)
+    run.measure(step_name(stage, " ".join(["export", *wanted.words])), **found)
     return found
 
 
@@ -215,14 +226,13 @@ def finish_passes(run: Run, recipe: Recipe, tell: Tell) -> tuple[Stage, Path]:
 
 
 def verify_export(exported: Path, artifact: str | None, runs: Path) -> dict[str, Any]:
-    """``qc verify``: the artifact is the given one, or that of the run the export lies in, or of the latest run."""
-    from runtimes.export import ABOUT
+    """``qc verify``: the artifact is the given one, or that which the export was made of."""
     from runtimes.verify import verify
+    from runtimes.verify.findings import read_about
 
-    if not (exported / ABOUT).is_file():
-        raise QcError(f"{exported} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
-    near = next((p for p in exported.resolve().parents if (p / "run.json").is_file()), None)
-    loaded = load(find_artifact(artifact or (str(near) if near else None), runs))
+    about = read_about(exported)
+    made_of = artifact_of(exported, about, runs) if artifact is None else find_artifact(artifact, runs)
+    loaded = load(made_of)
     report = verify(exported, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.tokenizer else None)
     if not report.passed:
         raise VerificationFailed(

@@ -12,7 +12,7 @@ from recipes.metrics import EVALUATED, EXPORTED, GROUPS, LOOKED, REPORTED, SERIE
 from recipes.mistakes import Mistakes, nearest, suggest
 from recipes.settings import EXPORT_OPTIONS, Gate
 from recipes.words import said
-from runtimes.export import default_dtype, homes_of, options_of
+from runtimes.export import default_dtype, homes_of, options_of, words_of
 from runtimes.export import targets as export_targets
 from runtimes.settings import Embedding, Evaluate, Group, KdCache, Train
 
@@ -239,7 +239,8 @@ def check_exports(exports: Node, mistakes: Mistakes) -> None:
         if target == "onnx" and dtype == "bf16":
             what = "ONNX Runtime computes in fp32 or fp16, not bf16"
             mistakes.add(node.map["dtype"].place, what, "set dtype to one of them, or take it out")
-        where = str(node.map["out"].value if "out" in node.map else f"{target}-{dtype}")
+        options = {key: node.map[key].value for key in options_of(target) if key in node.map}
+        where = str(node.map["out"].value if "out" in node.map else "-".join(words_of(target, str(dtype), options)))
         if where in seen and node.map:
             what = f"this export writes to the same folder as that of {seen[where].place}"
             mistakes.add(node.place, what, "give one of them another out:, or take it out")

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from recipes.metrics import MetricName
 from recipes.numbers import Count, Natural, Text
-from runtimes.export import ANE_OPTIONS, GGUF_OPTIONS, default_dtype, options_of
+from runtimes.export import ANE_OPTIONS, GGUF_OPTIONS, default_dtype, options_of, words_of
 from runtimes.serving.settings import OPTIONS
 
 
@@ -123,6 +123,11 @@ class Export:
     def numbers(self) -> str:
         """Dtype of the floating tensors."""
         return self.dtype or default_dtype(self.target)
+
+    @property
+    def words(self) -> list[str]:
+        """What it is called: the target, the options that make another format of it, the dtype."""
+        return words_of(self.target, self.numbers, self.options())
 
     def options(self) -> dict[str, Any]:
         """What is said of the target alone, by the names of its options."""

@@ -33,6 +33,13 @@ GGUF_OPTIONS = ("encoding",)
 """The options of the target gguf."""
 
 
+_NAMED: Mapping[str, str] = {
+    "scheme": "{}", "weight_only": "weight-only", "dialect": "{}", "group": "group-{}", "kv_cache": "kv-{}",
+    "encoding": "{}",
+}  # fmt: skip
+"""The options that make one target into several formats, and how the name of a folder tells them."""
+
+
 JOINT = ("safetensors",)
 """The targets that hold two models that were joined."""
 
@@ -51,6 +58,12 @@ def homes_of(option: str) -> str:
     """The targets that have an option, as a text names them: ``target ane``, ``targets fp8 and nvfp4``."""
     found = [target for target in ("ane", "onnx", "gguf", *SERVING) if option in options_of(target)]
     return f"target {found[0]}" if len(found) == 1 else f"targets {', '.join(found[:-1])} and {found[-1]}"
+
+
+def words_of(target: str, dtype: str, options: Mapping[str, Any]) -> list[str]:
+    """What an export is called: ``fp8 block weight-only bf16``; its folder has the same words."""
+    told = [words.format(options[key]) for key, words in _NAMED.items() if options.get(key)]
+    return [target, *told, dtype]
 
 
 @dataclass(frozen=True)

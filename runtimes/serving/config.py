@@ -52,7 +52,8 @@ def quantization_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
         }  # fmt: skip
     if settings.dialect == "modelopt":
         kept = {} if settings.kv_cache is None else {"kv_cache_scheme": _KEPT}
-        return {"quant_method": "modelopt", **modelopt_config(plan), **kept, "producer": _PRODUCER}
+        named = {"ignore": ignored, "config_groups": _groups_in_modelopt(settings)}  # what vLLM reads here
+        return {"quant_method": "modelopt", **modelopt_config(plan), **named, **kept, "producer": _PRODUCER}
     return _compressed(plan, ignored)
 
 
@@ -174,6 +175,15 @@ def modelopt_config(plan: Plan) -> dict[str, Any]:
     excluded = others(plan.graph, (part.module for part in plan.parts))
     kept = None if settings.kv_cache is None else settings.kv_cache.upper()
     return {"quant_algo": algorithm, "kv_cache_quant_algo": kept, "exclude_modules": excluded, **grouped}
+
+
+def _groups_in_modelopt(settings: Serving) -> dict[str, Any]:
+    """What numbers there are, in the words of ``config.json``."""
+    size = {"num_bits": 4, "group_size": 16} if settings.target == "nvfp4" else {"num_bits": 8}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {"dynamic": False, "type": "float", **size}}
+    if settings.inputs is not None:
+        group["input_activations"] = {"dynamic": not settings.calibrated, "type": "float", **size}
+    return {"group_0": group}
 
 
 def hf_quant_config(plan: Plan) -> Mapping[str, Any]:

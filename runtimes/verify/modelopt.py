@@ -51,7 +51,7 @@ def _translate(folder: Path, view: Path, algorithm: str) -> None:
     from safetensors.torch import load_file, save_file
 
     config = json.loads((folder / "config.json").read_text())
-    excluded = config["quantization_config"]["exclude_modules"]
+    excluded = config["quantization_config"]["ignore"]
     config["quantization_config"] = _config(algorithm, excluded, config["quantization_config"]["kv_cache_quant_algo"])
     (view / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
