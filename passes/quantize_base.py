@@ -83,7 +83,7 @@ class Chosen(NamedTuple):
     moments: torch.Tensor | None
     covariance: torch.Tensor | None
     largest: float | None
-    """The largest magnitude of all weights that share its global scale."""
+    """The largest magnitude of all weights that share the number which scales it as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,8 @@ class QuantizeBase(Pass):
     without it a row, as LLM.int8 has it."""
 
     share: Literal["row", "weight", "block"] = "row"
-    """What shares one scale: a row, the whole weight, or 128 rows and 128 columns. For fp8."""
+    """What shares one scale: a row, the whole weight, or 128 rows and 128 columns. For fp8. Weights that servers
+    multiply as one, q, k and v, gate and up, are one weight in this."""
 
     scale_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Numbers of the scales. For fp8, int4 and int8 with a block; GGUF has fp16."""
@@ -238,7 +239,8 @@ class QuantizeBase(Pass):
                 chosen[weight] = site
                 changed += [reader.name for reader in graph.sites(*self.ops) if reader.weight() == weight]
         fused = fused_weights(chosen)
-        shared = shared_largest(graph, chosen) if self.scheme == "nvfp4" else {}
+        whole = self.scheme != "lut" and isinstance(self.format, Scaled) and self.format.whole
+        shared = shared_largest(graph, chosen) if whole else {}
         weights = ((self._chosen(graph, n, site, shared.get(n)), prod(graph.shape(n))) for n, site in chosen.items())
         on_host = graph.device.type == "cpu"
         for one, parcel in divided("pack", partial(self._packing, graph), weights, None if on_host else 1):
@@ -247,7 +249,7 @@ class QuantizeBase(Pass):
             del parcel
             if figures.bytes_before // RELEASE_EVERY > earlier:
                 release_freed()
-        if self.scheme == "nvfp4" and self.form == "latent":
+        if whole and self.form == "latent":
             link_fused(graph, fused)
         return Report(tuple(changed), figures.summary() | importance(tried), tried)
 

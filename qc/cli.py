@@ -104,7 +104,7 @@ def export(
         bool | None,
         typer.Option("--weight-only", help="fp8, nvfp4, mxfp8, mxfp4, int8, mixed: leave inputs as they are."),
     ] = None,
-    dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4: compressed-tensors, modelopt or hf.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="fp8, nvfp4, mxfp8: compressed-tensors, modelopt or hf.")] = None,
     group: Annotated[int | None, typer.Option(help="int4, int8: weights that share a scale, 32, 64 or 128.")] = None,
     kv_cache: Annotated[str | None, typer.Option(help="Of GPU servers but nf4: fp8, for keys and values.")] = None,
     encoding: Annotated[str | None, typer.Option(help="gguf: q8_0 or q4_0, of float weights.")] = None,

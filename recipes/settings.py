@@ -101,8 +101,8 @@ class Export:
     too."""
 
     dialect: Literal["compressed-tensors", "modelopt", "hf"] | None = None
-    """For fp8 and nvfp4: the names and the configuration, those of compressed-tensors, of ModelOpt, or of the fp8 of
-    transformers. Without it, compressed-tensors."""
+    """For fp8, nvfp4 and mxfp8: the names and the configuration, those of compressed-tensors, of ModelOpt, or (not
+    nvfp4) of transformers' own. Without it, compressed-tensors."""
 
     group: Literal[32, 64, 128] | None = None
     """For int4: weights of a row that share a scale; without it, 128. For int8, whose inputs then stay as they are;

@@ -128,7 +128,7 @@ def linear_fake_scaled(
     x: [..., in]    bias: [out]    the rest: as in ``fake_quantize_scaled``  ->  [..., out]
     """
     form = Scaled(kind, rows, columns, scale_dtype)
-    if fused and kind == "nvfp4" and has_data(latent):
+    if fused and form.whole and has_data(latent):
         form = replace(form, largest=largest_of([latent, *fused]))
     return _LinearFakeScaled.apply(x, latent, bias, form, dtype)
 

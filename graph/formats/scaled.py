@@ -65,7 +65,8 @@ class Scaled:
     """Of the kinds that have float scales. Codes belong to the scale as it is rounded."""
 
     largest: float | None = None
-    """NVFP4: the largest magnitude of all weights that share the global scale; without it, that of the weight."""
+    """Where one number scales the whole weight: the largest magnitude of all weights that share it; without it, that of
+    the weight."""
 
     latent: bool = False
     """Float weights, ``latent`` [out, in], that are packed anew each time they are read: they train."""
@@ -80,6 +81,11 @@ class Scaled:
     def element(self) -> Element:
         """The numbers that it counts in."""
         return ELEMENTS[self.kind]
+
+    @property
+    def whole(self) -> bool:
+        """Whether one number scales the whole weight, as NVFP4's global scale does."""
+        return self.kind == "nvfp4" or (self.rows, self.columns) == (0, 0)
 
     @property
     def stored_scale(self) -> torch.dtype:
@@ -131,15 +137,15 @@ class Scaled:
         largest = magnitudes(w, self.columns or w.shape[1])
         if self.rows != 1:
             largest = largest.unflatten(0, (-1, self.rows or w.shape[0])).amax(1)
+        shared = None if self.largest is None or not has_data(w) else torch.tensor(self.largest, device=w.device)
         if self.kind == "nvfp4":
-            given = self.largest is not None and has_data(w)
-            whole = torch.tensor(self.largest, device=w.device) if given else largest.amax()
-            divisor = global_scale(whole)
+            divisor = global_scale(largest.amax() if shared is None else shared)
             if not has_data(w):
                 return {"scale": largest.to(torch.uint8), "global_scale": divisor}
             return {"scale": e4m3_scales(largest, divisor), "global_scale": divisor}
         if self.kind in FIXED:
             return {"scale": e8m0_scales(largest, self.element) if has_data(w) else largest.to(torch.uint8)}
+        largest = largest if shared is None else shared.reshape(1, 1)
         return {"scale": float_scales(largest, self.element, self.scale_dtype)}
 
     def call(self, packed: Mapping[str, V], dtype: torch.dtype) -> Call:
@@ -197,8 +203,8 @@ def fake_quantize_scaled(
 ) -> Tensor:
     """What ``latent`` would unpack to if it were packed now, rounded once to ``dtype``. Its gradient passes through.
 
-    NVFP4 has one global scale for ``latent`` and all of ``fused``, the other weights that a server multiplies with it,
-    or their largest magnitudes.
+    Where one number scales a whole weight, it is the same for ``latent`` and all of ``fused``, the other weights that a
+    server multiplies with it, or their largest magnitudes.
 
     latent: [out, in]  ->  [out, in]
     """

@@ -80,7 +80,7 @@ def nearest(form: Scaled, w: Tensor, dtype: torch.dtype, fused: Fused = None) ->
     dense = torch.empty_like(w, dtype=dtype)
     if not has_data(w):
         return dense
-    if fused and form.kind == "nvfp4":
+    if fused and form.whole:
         form = replace(form, largest=largest_of([w, *fused]))
     form = _with_largest(form, w.detach())
     for rows in _apart(form, w):

@@ -1,6 +1,7 @@
 """Weights that a server multiplies as one: those of q, k and v, and those of gate and up, where they read the same.
 
-Of NVFP4 such weights have one global scale between them; a server that fuses them takes one for all.
+Such weights have one global scale of NVFP4 between them, and one scale of FP8 if that is of a whole weight: a server
+that fuses them takes the largest for all, and rounds again what was under another one.
 """
 
 from __future__ import annotations

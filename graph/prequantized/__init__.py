@@ -3,7 +3,7 @@
 compressed-tensors   integers, FP8, NVFP4, MXFP8 and MXFP4, and how inputs are rounded (compressed.py)
 bitsandbytes         NF4, FP4, and the integers of LLM.int8() (bitsandbytes.py)
 gptq, awq            integers with zero points (gptq.py)
-fp8                  FP8 in blocks, as transformers writes it itself (fp8.py)
+fp8, mxfp8           FP8 in blocks and MXFP8, as transformers writes them itself (fp8.py)
 
 The bytes stay what they are: no weight is unpacked and rounded again.
 """

@@ -58,6 +58,7 @@ METHODS = {
     "gptq": "gptq",
     "awq": "awq",
     "fp8": "fp8",
+    "mxfp8": "fp8",
 }
 """What ``quant_method`` says, and the module that reads it."""
 

@@ -97,7 +97,7 @@ def _file_type(tensors: Sequence[Encoded]) -> int:
     for one in tensors:
         values[one.encoding] = values.get(one.encoding, 0) + prod(one.shape)
     most = max((name for name in values if name not in ("F16", "F32")), key=lambda name: values[name])
-    return int(package().LlamaFileType[f"MOSTLY_{most}"])
+    return int(package().LlamaFileType[f"MOSTLY_{most}" + ("_MOE" if most == "MXFP4" else "")])
 
 
 def package() -> Any:

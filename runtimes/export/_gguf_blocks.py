@@ -2,6 +2,7 @@
 
 TQ2_0  2.06 bits   64 bytes of 256 trits, fp16         TQ1_0  1.69 bits   52 bytes of 256 trits, fp16
 Q8_0   8.5 bits    fp16, 32 bytes of 32 integers       Q4_0   4.5 bits    fp16, 16 bytes of 32 integers
+MXFP4  4.25 bits   an exponent, 16 bytes of 32 e2m1
 """
 
 from __future__ import annotations
@@ -27,10 +28,25 @@ def q4_0(codes: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.ui
     codes: u8 [rows, columns / 2], 8 added, neighbours in a byte, the first in its low half
     scales: f16 [rows, columns / 32]  ->  u8 [rows, columns / 32 * 18]
     """
-    halves = codes.reshape(*scales.shape, 2, GROUP // 4)
+    return _behind_scales(_sixteen_apart(codes, scales.shape), scales)
+
+
+def mxfp4(codes: NDArray[np.uint8], exponents: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Of 32 values, those 16 apart share a byte, the first in its low half.
+
+    codes: u8 [rows, columns / 2], e2m1, neighbours in a byte, the first in its low half
+    exponents: u8 [rows, columns / 32], 127 added  ->  u8 [rows, columns / 32 * 17]
+    """
+    packed = _sixteen_apart(codes, exponents.shape)
+    return np.concatenate([exponents[..., None], packed], axis=-1).reshape(codes.shape[0], -1)
+
+
+def _sixteen_apart(codes: NDArray[np.uint8], groups: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Two in a byte that were neighbours  ->  u8 [*groups, 16]."""
+    halves = codes.reshape(*groups, 2, GROUP // 4)
     first, last = halves[..., 0, :], halves[..., 1, :]
     even, odd = first & 15 | last << 4, first >> 4 | last & 0xF0
-    return _behind_scales(np.stack([even, odd], axis=-1).reshape(*scales.shape, GROUP // 2), scales)
+    return np.stack([even, odd], axis=-1).reshape(*groups, GROUP // 2)
 
 
 def tq2_0(trits: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:

@@ -4,8 +4,8 @@
     config.json, tokenizer.json, …   for those who read the folder
 
 Ternary weights become TQ2_0 (2.06 bits), or TQ1_0 (1.69 bits) where five share a byte; integers of 8 and 4 bits with an
-fp16 scale for 32 of a row Q8_0 (8.5 bits) and Q4_0 (4.5 bits). The weights of a graph that holds none of these are
-rounded on the way out, one at a time, as llama.cpp rounds them.
+fp16 scale for 32 of a row Q8_0 (8.5 bits) and Q4_0 (4.5 bits), MXFP4 is MXFP4 (4.25 bits). The weights of a graph that
+holds none of these are rounded on the way out, one at a time, as llama.cpp rounds them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from graph.weights import all_finite
 from runtimes.export import ExportReport
 from runtimes.export._folder import in_the_way, replacing, sign, sizes_of
 from runtimes.export._gguf import Encoded, package, problems, write
-from runtimes.export._gguf_blocks import BLOCK, q4_0, q8_0, tq1_0, tq2_0
+from runtimes.export._gguf_blocks import BLOCK, mxfp4, q4_0, q8_0, tq1_0, tq2_0
 from runtimes.export.safetensors import describe
 from runtimes.serving.gguf import Weight, make_plan
 
@@ -85,6 +85,8 @@ def _packed(graph: Graph, one: Weight) -> Encoded:
 
 def _integers(graph: Graph, one: Weight) -> NDArray[np.uint8]:
     sides = one.sides(graph)
+    if one.encoding == "MXFP4":
+        return mxfp4(sides["indices"].cpu().numpy(), sides["scale"].cpu().numpy())
     encode = {"Q8_0": q8_0, "Q4_0": q4_0}[one.encoding]
     return encode(sides["indices"].cpu().numpy(), _fp16(f"a scale of {one.name}", sides["scale"]).numpy())
 

@@ -24,8 +24,8 @@ LAYOUTS = {
 }  # fmt: skip
 """What compressed-tensors calls each layout."""
 
-_ALGORITHMS = {"channel": "FP8_PER_CHANNEL_PER_TOKEN", "static": "FP8", "block": "FP8_PB_WO"}
-"""What ModelOpt calls the schemes of FP8."""
+_ALGORITHMS = {"channel": "FP8_PER_CHANNEL_PER_TOKEN", "static": "FP8", "block": "fp8_pb_wo"}
+"""What ModelOpt calls the schemes of FP8; TensorRT-LLM knows the last in small letters only."""
 
 
 def library(settings: Serving) -> None:
@@ -46,15 +46,8 @@ def quantization_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     if settings.target == "nf4":
         return _bitsandbytes(plan, ignored, dtype)
     if settings.dialect == "hf":
-        return {
-            "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-            "modules_to_not_convert": ignored,
-        }  # fmt: skip
-    if settings.dialect == "modelopt":
-        kept = {} if settings.kv_cache is None else {"kv_cache_scheme": _KEPT}
-        named = {"ignore": ignored, "config_groups": _groups_in_modelopt(settings)}  # what vLLM reads here
-        return {"quant_method": "modelopt", **modelopt_config(plan), **named, **kept, "producer": _PRODUCER}
-    return _compressed(plan, ignored)
+        return _fine_grained(settings, ignored)
+    return _modelopt(plan, ignored) if settings.dialect == "modelopt" else _compressed(plan, ignored)
 
 
 def others(graph: Graph, chosen: Iterable[str]) -> list[str]:
@@ -159,36 +152,65 @@ def _strategy(form: Scaled) -> dict[str, Any]:
     return {"strategy": "channel" if form.rows else "tensor"}
 
 
+def _fine_grained(settings: Serving, ignored: list[str]) -> dict[str, Any]:
+    """Of the dialect ``hf``, which calls MXFP8 a method of its own."""
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    if settings.target == "mxfp8":
+        said |= {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+    return {**said, "fmt": "e4m3", "modules_to_not_convert": ignored}
+
+
 _KEPT = {"dynamic": False, "num_bits": 8, "type": "float"}
 """What ``config.json`` says of keys and values in ModelOpt's dialect."""
 
 _PRODUCER = {"name": "qc", "version": "1"}
 
 
-def modelopt_config(plan: Plan) -> dict[str, Any]:
-    """What ModelOpt's readers want to know, of ``hf_quant_config.json`` its part ``quantization``."""
-    settings = plan.settings
-    algorithm = _ALGORITHMS.get(settings.scheme or "channel", "FP8")
-    if settings.target == "nvfp4":
-        algorithm = "NVFP4" if settings.inputs else "W4A16_NVFP4"
-    grouped = {"group_size": 16} if settings.target == "nvfp4" else {}
-    excluded = others(plan.graph, (part.module for part in plan.parts))
-    kept = None if settings.kv_cache is None else settings.kv_cache.upper()
-    return {"quant_algo": algorithm, "kv_cache_quant_algo": kept, "exclude_modules": excluded, **grouped}
-
-
-def _groups_in_modelopt(settings: Serving) -> dict[str, Any]:
-    """What numbers there are, in the words of ``config.json``."""
-    size = {"num_bits": 4, "group_size": 16} if settings.target == "nvfp4" else {"num_bits": 8}
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": {"dynamic": False, "type": "float", **size}}
+def _modelopt(plan: Plan, ignored: list[str]) -> dict[str, Any]:
+    """The section in ModelOpt's words: what vLLM and SGLang read of its checkpoints, instead of the file of its own."""
+    settings, weights = plan.settings, _modelopt_weights(plan.settings)
+    group = {"weights": weights, "targets": ["Linear"]}
     if settings.inputs is not None:
-        group["input_activations"] = {"dynamic": not settings.calibrated, "type": "float", **size}
-    return {"group_0": group}
+        rounded: dict[str, Any] = {"num_bits": weights["num_bits"], "type": "float", "dynamic": not settings.calibrated}
+        sizes = {"group_size": settings.inputs[1]} if settings.inputs[1] else {}
+        group["input_activations"] = rounded | sizes
+    kept = {} if settings.kv_cache is None else {"kv_cache_scheme": _KEPT}
+    return {
+        "quant_method": "modelopt", "quant_algo": _algorithm(settings), "ignore": ignored,
+        "config_groups": {"group_0": group}, **_group_size(settings), **kept, "producer": _PRODUCER,
+    }  # fmt: skip
+
+
+def _modelopt_weights(settings: Serving) -> dict[str, Any]:
+    found: dict[str, Any] = {"num_bits": 4 if settings.target == "nvfp4" else 8, "type": "float", "dynamic": False}
+    shared: dict[str, dict[str, Any]] = {
+        "channel": {"strategy": "channel"},
+        "block": {"strategy": "block", "block_structure": [128, 128]},
+    }
+    of_fp8 = shared.get(settings.scheme or "channel", {}) if settings.target == "fp8" else {}
+    return found | of_fp8 | _group_size(settings)
+
+
+def _group_size(settings: Serving) -> dict[str, int]:
+    sizes = {"nvfp4": 16, "mxfp8": 32}
+    return {"group_size": sizes[settings.target]} if settings.target in sizes else {}
+
+
+def _algorithm(settings: Serving) -> str:
+    if settings.target == "nvfp4":
+        return "NVFP4" if settings.inputs else "W4A16_NVFP4"
+    return "MXFP8" if settings.target == "mxfp8" else _ALGORITHMS[settings.scheme or "channel"]
 
 
 def hf_quant_config(plan: Plan) -> Mapping[str, Any]:
-    """The file of that name."""
-    return {"producer": _PRODUCER, "quantization": modelopt_config(plan)}
+    """The file of that name, which TensorRT-LLM reads."""
+    settings = plan.settings
+    said: dict[str, Any] = {
+        "quant_algo": _algorithm(settings),
+        "kv_cache_quant_algo": None if settings.kv_cache is None else settings.kv_cache.upper(),
+        "exclude_modules": others(plan.graph, (part.module for part in plan.parts)),
+    }
+    return {"producer": _PRODUCER, "quantization": said | _group_size(settings)}
 
 
 def _bitsandbytes(plan: Plan, ignored: list[str], dtype: torch.dtype) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     ternary, a scale a row, a weight or a multiple of 256 columns    TQ2_0, or TQ1_0 of five trits a byte
     int8, an fp16 scale for 32 columns                               Q8_0
     int4, an fp16 scale for 32 columns                               Q4_0
+    mxfp4                                                            MXFP4
 
 A graph that holds packed weights is written as it is. Of any other graph the linears of the blocks are rounded on the
 way out, as llama.cpp rounds them.
@@ -27,6 +28,10 @@ TRITS = 256
 """Values of a row that ternary encodings hold together."""
 
 _KINDS: dict[str, Encoding] = {"int8": "q8_0", "int4": "q4_0"}
+"""Of what floats are rounded to."""
+
+_HELD = {"int8": "Q8_0", "int4": "Q4_0", "mxfp4": "MXFP4"}
+"""What holds packed weights of each kind."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Weight:
         if isinstance(self.form, Ternary):
             return {"2bit": "TQ2_0", "trit5": "TQ1_0"}[self.form.packing]
         assert isinstance(self.form, Scaled)
-        return _KINDS[self.form.kind].upper()
+        return _HELD[self.form.kind]
 
     @property
     def module(self) -> str:
@@ -133,7 +138,7 @@ def _others(packed: list[Weight], encoding: Encoding | None) -> Iterator[QcError
 
 
 def _has_encoding(form: Format) -> bool:
-    return isinstance(form, Ternary) or (isinstance(form, Scaled) and form.kind in _KINDS)
+    return isinstance(form, Ternary) or (isinstance(form, Scaled) and form.kind in _HELD)
 
 
 def _misfit(graph: Graph, one: Weight) -> QcError | None:
@@ -153,7 +158,7 @@ def _misfit(graph: Graph, one: Weight) -> QcError | None:
     if one.form.rows != 1 or (one.form.columns or columns) != GROUP:
         what = f"{one.name} holds {one.form.name}, and {one.encoding} has a scale for every {GROUP} columns of a row"
         return QcError(what, site=one.site.name, fix="set block to 32 in quantize-base")
-    if one.form.scale_dtype is not torch.float16:
+    if one.form.stored_scale not in (torch.float16, torch.float8_e8m0fnu):
         said = str(one.form.scale_dtype).removeprefix("torch.")
         what = f"the scales of {one.name} are {said}, and those of {one.encoding} float16"
         return QcError(what, site=one.site.name, fix="set scale_dtype to fp16 in quantize-base")

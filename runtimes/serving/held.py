@@ -72,7 +72,8 @@ def _as_held(settings: Serving, form: Format, shape: Sequence[int]) -> Serving:
         found = next((one for one in _SCHEMES if fits(replace(settings, scheme=one), form, shape)), None)
         return replace(settings, scheme=found)
     if settings.target in ("int4", "int8") and settings.group is None:
-        return replace(settings, group=form.columns or None)
+        row = int(shape[1]) if settings.target == "int4" else None  # int8 with a scale a row has no groups
+        return replace(settings, group=form.columns or row)
     return settings
 
 

@@ -2,7 +2,7 @@
 
 compressed-tensors   weight or weight_packed, weight_scale, weight_global_scale (a divisor), weight_shape
 modelopt             weight, weight_scale, weight_scale_2 (a factor), input_scale (a factor)
-hf                   weight, weight_scale_inv (a factor, despite its name)
+hf                   weight, weight_scale_inv (a factor, despite its name; of MXFP8 exponents, u8)
 bitsandbytes         weight [n / 2, 1], weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4
 
 All but the last take the same bytes; only names, shapes and which way round a global scale is differ.
@@ -83,6 +83,8 @@ def _modelopt(form: Scaled, sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if form.kind == "nvfp4":
         factor = 1.0 / sides["global_scale"].reshape(())
         return {"weight": codes, "weight_scale": scale.view(E4M3), "weight_scale_2": factor}
+    if form.kind == "mxfp8":
+        return {"weight": codes.view(E4M3), "weight_scale": scale}
     if form.rows == 0:
         return {"weight": codes.view(E4M3), "weight_scale": scale.reshape(())}
     if form.rows == 1:

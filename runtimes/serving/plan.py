@@ -70,7 +70,8 @@ class Plan:
     settings: Serving
     parts: tuple[Part, ...]
     largest: Mapping[str, float]
-    """NVFP4: the largest magnitude of all weights that share the global scale of a weight that is packed yet."""
+    """The largest magnitude of all weights that share the number which scales a weight as a whole, if that is packed
+    yet."""
 
     @property
     def bf16_only(self) -> bool:
@@ -125,7 +126,8 @@ def make_plan(graph: Graph, settings: Serving, scale_dtype: torch.dtype) -> tupl
     if settings.target != "mixed" and parts:
         settings = parts[0].settings
     unpacked = {part.name: part.linear for part in parts if part.packed is None}
-    shared = shared_largest(graph, unpacked) if settings.target == "nvfp4" and not errors else {}
+    whole = any(isinstance(part.form, Scaled) and part.form.whole for part in parts)
+    shared = shared_largest(graph, unpacked) if whole and not errors else {}
     return Plan(graph, settings, tuple(parts), shared), errors
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from graph import Graph, QcError
-from graph.formats import fused_weights
+from graph.formats import Scaled, fused_weights
 from runtimes.serving.plan import Plan, make_plan
 from runtimes.serving.settings import TARGETS, Serving
 
@@ -43,6 +43,9 @@ class Server:
 
     multiples: Mapping[str, Mapping[str, int]]
     """By target: what its kernels divide rows and columns of a weight by."""
+
+    groups: Mapping[str, tuple[int, ...]]
+    """By target: the weights of a row that may share a scale, where not any number of them may."""
 
 
 def servers() -> list[str]:
@@ -95,6 +98,7 @@ def refusals(name: str, graph: Graph, settings: Serving) -> Iterator[QcError]:
         yield QcError(what, fix=instead)
     yield from _heads(server, plan)
     yield from _sizes(server, plan)
+    yield from _groups(server, plan)
     if server.fuses:
         yield from _torn(server, plan)
 
@@ -107,7 +111,7 @@ def _unknown(server: Server, settings: Serving) -> QcError:
 
 
 def _targets(server: Server) -> list[str]:
-    return [target for target in TARGETS if any(one.rpartition(":")[2].startswith(target) for one in server.accepts)]
+    return [target for target in TARGETS if any(one.startswith(target) for one in server.accepts)]
 
 
 def _heads(server: Server, plan: Plan) -> Iterator[QcError]:
@@ -126,6 +130,18 @@ def _sizes(server: Server, plan: Plan) -> Iterator[QcError]:
                 what = f"{server.title} divides the {key} of {part.settings.target} weights by {wanted[key]}"
                 what += f", and {part.name} has {size}"
                 yield QcError(what, site=part.linear.name, fix="exclude it from the select of quantize-base")
+
+
+def _groups(server: Server, plan: Plan) -> Iterator[QcError]:
+    """Kernels know groups of some sizes."""
+    for part in plan.parts:
+        known = server.groups.get(part.settings.target, ())
+        size = part.form.columns if isinstance(part.form, Scaled) else 0
+        if known and size and size not in known:
+            sizes = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
+            what = f"{server.title} reads {part.settings.target} in groups of {sizes}"
+            what += f", and {part.name} has groups of {size}"
+            yield QcError(what, site=part.linear.name, fix=f"set block to {known[-1]} in quantize-base")
 
 
 def _torn(server: Server, plan: Plan) -> Iterator[QcError]:

@@ -20,7 +20,7 @@ _CACHED = ("kv_cache", "calibration")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "fp8": ("scheme", "weight_only", "dialect", *_CACHED),
     "nvfp4": ("weight_only", "dialect", *_CACHED),
-    "mxfp8": ("weight_only", *_CACHED),
+    "mxfp8": ("weight_only", "dialect", *_CACHED),
     "mxfp4": ("weight_only", *_CACHED),
     "int8": ("weight_only", "group", *_CACHED),
     "int4": ("group", *_CACHED),
@@ -36,7 +36,9 @@ BF16 = ("fp8", "nvfp4", "mxfp8", "mxfp4", "mixed")
 BLOCK = 128
 """Rows and columns of a block of fp8."""
 
-_DIALECTS: dict[str, tuple[str, ...]] = {"fp8": get_args(Dialect), "nvfp4": ("compressed-tensors", "modelopt")}
+_DIALECTS: dict[str, tuple[str, ...]] = {
+    "fp8": get_args(Dialect), "nvfp4": ("compressed-tensors", "modelopt"), "mxfp8": get_args(Dialect),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,12 @@ class Serving:
             yield QcError(what, fix="set scheme to block")
         if self.dialect == "modelopt" and self.target == "fp8":
             yield from self._not_in_modelopt()
+        if self.weight_only and (self.dialect == "hf" or (self.dialect == "modelopt" and self.target == "mxfp8")):
+            what = f"the dialect {self.dialect} has inputs of {self.target} rounded"
+            yield QcError(f"{what}, and weight_only leaves them as they are", fix="take weight_only out, or dialect")
         if self.weight_only and self.scheme == "static":
             what = "scheme static gives inputs a scale, and weight_only leaves them as they are"
             yield QcError(what, fix="set scheme to tensor, or take weight_only out")
-
         if self.kv_cache is not None and self.dialect == "hf":
             what = "the dialect hf has no place for scales of the cache"
             yield QcError(what, fix="take kv_cache out, or export to fp8 without a dialect")

@@ -1,7 +1,9 @@
 """A checkpoint in ModelOpt's dialect, which transformers does not read, as one of compressed-tensors, which it does.
 
 Only names, shapes and the way round of factors change. What the configuration of compressed-tensors says comes from
-that library's own presets, by the algorithm that ``hf_quant_config.json`` names; nothing is shared with the exporter.
+that library's own presets, by the algorithm that ``hf_quant_config.json`` names; what is left as it is, and whether
+keys and values are rounded, comes from the section of ``config.json``, where vLLM and SGLang look for it. Nothing is
+shared with the exporter.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ _PRESETS = {
     "FP8": ("FP8", "float-quantized"),
     "FP8_PER_CHANNEL_PER_TOKEN": ("FP8_DYNAMIC", "float-quantized"),
     "FP8_PB_WO": ("FP8_BLOCK", "float-quantized"),
+    "MXFP8": ("MXFP8", "mxfp8-quantized"),
 }
-
 
 _NVFP4 = {
     "weight": "weight_packed",
@@ -43,7 +45,7 @@ def readable(folder: Path, dialect: str) -> Iterator[Path]:
         view = Path(temporary) / "view"
         shutil.copytree(folder, view, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
         algorithm = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]["quant_algo"]
-        _translate(folder, view, algorithm)
+        _translate(folder, view, algorithm.upper())
         yield view
 
 
@@ -51,8 +53,8 @@ def _translate(folder: Path, view: Path, algorithm: str) -> None:
     from safetensors.torch import load_file, save_file
 
     config = json.loads((folder / "config.json").read_text())
-    excluded = config["quantization_config"]["ignore"]
-    config["quantization_config"] = _config(algorithm, excluded, config["quantization_config"]["kv_cache_quant_algo"])
+    said = config["quantization_config"]
+    config["quantization_config"] = _config(algorithm, said["ignore"], said.get("kv_cache_scheme"))
     (view / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -65,7 +67,7 @@ def _translate(folder: Path, view: Path, algorithm: str) -> None:
         (view / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _config(algorithm: str, excluded: list[str], kept: str | None) -> dict[str, Any]:
+def _config(algorithm: str, ignored: list[str], kept: dict[str, Any] | None) -> dict[str, Any]:
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -78,9 +80,9 @@ def _config(algorithm: str, excluded: list[str], kept: str | None) -> dict[str, 
     scheme.format = layout
     if algorithm == "FP8_PB_WO":
         scheme.input_activations = None
-    cache = QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False) if kept == "FP8" else None
+    cache = None if kept is None else QuantizationArgs(**kept, strategy="tensor")
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=layout, ignore=excluded, kv_cache_scheme=cache,
+        config_groups={"group_0": scheme}, format=layout, ignore=ignored, kv_cache_scheme=cache,
         quantization_status=QuantizationStatus.COMPRESSED,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(config.model_dump_json())
@@ -99,6 +101,6 @@ def _renamed(name: str, value: Tensor, given: dict[str, Tensor], algorithm: str)
         yield f"{module}.{_NVFP4[suffix]}", 1.0 / value[None] if factor else value
     elif suffix == "weight_scale":
         shapes = {0: (1,), 1: (-1, 1), 4: (value.shape[0], value.shape[2]) if value.ndim == 4 else ()}
-        yield name, value.reshape(shapes[value.ndim])
+        yield name, value if value.ndim == 2 else value.reshape(shapes[value.ndim])
     else:
         yield name, value.reshape(1) if suffix == "input_scale" else value

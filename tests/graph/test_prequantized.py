@@ -203,7 +203,7 @@ FULL = "give the model before it was quantized, and let quantize-base do it"
     [
         ({"bits": 5}, f"the weights have 5 bits, and GPTQ is read in 2, 3, 4, 8\n  fix    {FULL}"),
         ({"checkpoint_format": "marlin"}, f"the weights lie in the layout marlin, and GPTQ is read in gptq and gptq_v2\n  fix    {FULL}"),
-        ({"quant_method": "aqlm"}, f"the weights are packed by aqlm, which qc does not read\n  fix    {FULL}; packed checkpoints of compressed-tensors, bitsandbytes, gptq, awq, fp8 are read"),
+        ({"quant_method": "aqlm"}, f"the weights are packed by aqlm, which qc does not read\n  fix    {FULL}; packed checkpoints of compressed-tensors, bitsandbytes, gptq, awq, fp8, mxfp8 are read"),
         ({"quant_method": "awq", "version": "gemv"}, f"the weights have 4 bits in the layout gemv, and AWQ is read in 4 bits in the layout gemm\n  fix    {FULL}"),
         ({"quant_method": "bitsandbytes"}, "config.json says that bitsandbytes has packed the weights, and no packed one is there\n  fix    fetch the checkpoint again, or take quantization_config out of config.json"),
         ({"quant_method": "compressed-tensors"}, "quantization_config has no config_groups\n  fix    fetch the checkpoint again"),

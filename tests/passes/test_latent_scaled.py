@@ -116,7 +116,7 @@ def test_what_was_trained_is_what_is_stored(options: Any) -> None:
     assert not [name for name, info in graph.tensors().items() if info.trainable or name.endswith(".latent")]
     form = QuantizeBase(**options).format
     assert isinstance(form, Scaled)
-    if options["scheme"] != "nvfp4":
+    if not form.whole:  # of fused weights it is the largest of all
         for name, value in values.items():
             packed = form.pack(value)
             assert graph.tensor(name.replace("latent", "indices")).equal(packed["indices"]), name
@@ -154,13 +154,22 @@ def test_nearest_is_what_packing_and_unpacking_gives() -> None:
         Scaled("int8"),
         Scaled("int4", 1, 64, torch.bfloat16),
         Scaled("nvfp4", largest=500.0),
+        Scaled("fp8", 0, 0, largest=500.0),
     ):
         for dtype in (torch.float32, torch.bfloat16):
             assert nearest(form, w, dtype).equal(unpack(form, form.pack(w), dtype)), form.name
 
 
-def test_fused_weights_share_a_global_scale_that_follows_them() -> None:
-    graph = trained(latent({"scheme": "nvfp4"}, qwen()))
+WHOLE = [
+    ({"scheme": "nvfp4"}, "global_scale", 448 * 6 / 8),
+    ({"scheme": "fp8", "share": "weight", "scale_dtype": "bf16"}, "scale", 8 / 448),
+]
+"""Where one number scales a weight as a whole."""
+
+
+@pytest.mark.parametrize(("options", "suffix", "scale"), WHOLE)
+def test_fused_weights_share_a_global_scale_that_follows_them(options: Any, suffix: str, scale: float) -> None:
+    graph = trained(latent(options, qwen()))
     name = f"{LAYER}self_attn.k_proj.weight.latent"
     with torch.no_grad():
         graph.tensor(name)[3, 5] = 8.0
@@ -168,12 +177,14 @@ def test_fused_weights_share_a_global_scale_that_follows_them() -> None:
     apply(FreezeQ(train="none"), graph)
     assert graph(input_ids=ids()).equal(before)
     for end in "qkv":
-        assert float(graph.tensor(f"{LAYER}self_attn.{end}_proj.weight.global_scale")) == 448 * 6 / 8
+        found = float(graph.tensor(f"{LAYER}self_attn.{end}_proj.weight.{suffix}"))
+        assert found == pytest.approx(scale, rel=2**-9)
 
 
+@pytest.mark.parametrize("options", [options for options, _, _ in WHOLE])
 @pytest.mark.parametrize("step", [FreezeQ, Dequantize])
-def test_one_of_fused_weights_goes_and_the_others_stay_as_they_are(step: Any) -> None:
-    graph = latent({"scheme": "nvfp4"}, qwen())
+def test_one_of_fused_weights_goes_and_the_others_stay_as_they_are(step: Any, options: Any) -> None:
+    graph = latent(options, qwen())
     with torch.no_grad():
         graph.tensor(f"{LAYER}self_attn.q_proj.weight.latent")[0, 0] = 9.0
     before = graph(input_ids=ids()).detach()

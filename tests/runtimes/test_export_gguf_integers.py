@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graph import Graph, QcError, QcErrors, Selector
-from graph.formats import packed_sites, store_packed, weight_name
+from graph.formats import dense_value, packed_sites, store_packed, weight_name
 from graph.formats.ggml import form_of, rounded_groups
 from passes.freeze_q import FreezeQ
 from passes.quantize_base import QuantizeBase
@@ -82,6 +82,21 @@ def test_integers_that_a_graph_holds_are_written_as_they_are(
     assert kinds == {"F16", "F32", {"int4": "Q4_0", "int8": "Q8_0"}[scheme]}
     embedding = tensors(tmp_path / "out")["token_embd.weight"].tensor_type.name
     assert embedding == ("Q4_0" if "select" in options else "F16")
+
+
+@pytest.mark.usefixtures("same_process")
+def test_mxfp4_is_written_as_it_is(tmp_path: Path) -> None:
+    graph = packed("mxfp4", block=None, scale_dtype="fp32")
+    export(graph, tmp_path / "out")
+    found = verify(tmp_path / "out", graph)
+    assert found.passed, found.table()
+    assert found.figures()["max_difference"] == 0.0
+    one = tensors(tmp_path / "out")["blk.0.attn_q.weight"]
+    assert one.tensor_type.name == "MXFP4"
+    weight = dense_value(graph, packed_sites(graph)[0], torch.float32)
+    assert np.array_equal(gguf.quants.dequantize(one.data, one.tensor_type), weight.numpy())
+    exponents = graph.tensor(f"{Q}.scale").numpy()
+    assert np.array_equal(one.data.reshape(*exponents.shape, 17)[..., 0], exponents), "not rounded again"
 
 
 @pytest.mark.usefixtures("same_process")

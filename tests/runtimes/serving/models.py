@@ -45,6 +45,8 @@ CASES = [
     Case("nvfp4", {"weight_only": True}),
     Case("mxfp8"),
     Case("mxfp8", {"weight_only": True}),
+    Case("mxfp8", {"dialect": "hf"}),
+    Case("mxfp8", {"dialect": "modelopt"}),
     Case("mxfp4"),
     Case("mxfp4", {"weight_only": True}),
     Case("int4"),
@@ -58,16 +60,21 @@ CASES = [
 
 @cache
 def captured() -> Graph:
+    return capture(made(), dtype=torch.float16)
+
+
+def made() -> Qwen3ForCausalLM:
+    """As transformers has it, in fp32."""
     torch.manual_seed(0)
     config = Qwen3Config(
         hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
         intermediate_size=256, vocab_size=200, tie_word_embeddings=True,
     )  # fmt: skip
-    made = Qwen3ForCausalLM(config).eval()
+    model = Qwen3ForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return capture(made, dtype=torch.float16)
+    return model
 
 
 def graph() -> Graph:

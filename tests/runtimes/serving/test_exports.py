@@ -89,6 +89,8 @@ def test_another_scheme_than_the_graph_holds_is_refused(tmp_path: Path) -> None:
         (Case("fp8", {"scheme": "static", "weight_only": True}), "scheme static gives inputs a scale, and weight_only leaves them as they are\n  fix    set scheme to tensor, or take weight_only out"),
         (Case("nvfp4", {"dialect": "hf"}), "nvfp4 is not written in the dialect hf\n  fix    take dialect out, or use one of compressed-tensors, modelopt"),
         (Case("fp8", {"dialect": "hf", "scheme": "tensor"}), "the dialect hf has fp8 in blocks, and scheme is tensor\n  fix    set scheme to block"),
+        (Case("fp8", {"dialect": "hf", "weight_only": True}), "the dialect hf has inputs of fp8 rounded, and weight_only leaves them as they are\n  fix    take weight_only out, or dialect"),
+        (Case("mxfp8", {"dialect": "modelopt", "weight_only": True}), "the dialect modelopt has inputs of mxfp8 rounded, and weight_only leaves them as they are\n  fix    take weight_only out, or dialect"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(case: Case, text: str, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_every_format_is_a_target_with_its_own_options() -> None:
     }  # fmt: skip
     assert options_of("int4") == ("group", "kv_cache", "calibration")
     assert homes_of("group") == "targets int4 and int8"
-    assert homes_of("dialect") == "targets fp8 and nvfp4"
+    assert homes_of("dialect") == "targets fp8, nvfp4 and mxfp8"
 
 
 def test_a_weight_that_is_written_unpacks_to_what_the_graph_packs() -> None:

@@ -86,6 +86,37 @@ def test_weights_that_servers_fuse_share_their_global_scale(tmp_path: Path) -> N
             assert len({float(header[name].load()) for name in names}) == 1
 
 
+@pytest.mark.parametrize("scheme", ["tensor", "static"])
+def test_weights_that_servers_fuse_share_the_scale_of_a_whole_weight(scheme: str, tmp_path: Path) -> None:
+    """vLLM, SGLang and TensorRT-LLM take the largest scale for all of them, and round again what had another."""
+    plain = graph()
+    header = stored(exported(tmp_path / "out", Case("fp8", {"scheme": scheme})))
+    for block in range(2):
+        for fused in (("self_attn", "q", "k", "v"), ("mlp", "gate", "up")):
+            names = [f"model.layers.{block}.{fused[0]}.{end}_proj.weight" for end in fused[1:]]
+            largest = max(float(plain.tensor(name).detach().abs().max()) for name in names)
+            (scale,) = {float(header[f"{name}_scale"].load()) for name in names}
+            assert scale == pytest.approx(largest / 448, rel=2**-8)
+    ends = {float(header[f"model.layers.0.{end}.weight_scale"].load()) for end in ("self_attn.o_proj", "mlp.down_proj")}
+    assert len(ends) == 2, "what is multiplied alone has its own"
+
+
+@pytest.mark.usefixtures("same_process")
+def test_trained_weights_that_servers_fuse_share_the_scale_of_a_whole_weight(tmp_path: Path) -> None:
+    trained = graph()
+    apply(QuantizeBase(scheme="fp8", share="weight", scale_dtype="bf16", form="latent"), trained, check=False)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        before = trained(input_ids=ids, attention_mask=torch.ones_like(ids))
+    apply(FreezeQ(), trained)
+    with torch.no_grad():
+        assert torch.equal(trained(input_ids=ids, attention_mask=torch.ones_like(ids)), before)
+    out = exported(tmp_path / "out", Case("fp8", {"weight_only": True}), trained)
+    names = [f"model.layers.1.self_attn.{end}_proj.weight_scale" for end in "qkv"]
+    assert len({float(stored(out)[name].load()) for name in names}) == 1
+    assert verify(out, trained).figures()["max_difference"] == 0.0
+
+
 def test_scales_are_rounded_to_the_dtype_of_the_rest_before_codes_are_found(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight_scale"
     for dtype, wanted in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):

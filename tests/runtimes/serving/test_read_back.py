@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from passes.swap_base import SwapBase
 from runtimes.verify.weights_worker import load_model
-from tests.runtimes.serving.models import CASES, Case, exported
+from tests.runtimes.serving.models import CASES, Case, exported, graph
 
 READ = [case for case in CASES if case.options.get("dialect") != "modelopt"]
 BF16 = ("nvfp4", "mxfp8", "mxfp4")
@@ -29,7 +30,7 @@ def dtype_of(case: Case) -> torch.dtype:
     return torch.float32 if wide else torch.bfloat16
 
 
-def logits(folder: Path, dtype: torch.dtype, inputs: dict[str, Tensor]) -> Tensor:
+def logits(folder: Path, dtype: torch.dtype | Literal["auto"], inputs: dict[str, Tensor]) -> Tensor:
     """What transformers computes."""
     with torch.no_grad():
         found: Tensor = load_model(str(folder), "causal-lm", dtype)(**inputs).logits
@@ -48,6 +49,33 @@ def test_an_export_is_read_as_it_is_packed_and_computes_the_same(case: Case, tmp
     with torch.no_grad():
         found = again(**inputs)
     assert torch.equal(found, logits(folder, dtype, inputs))
+
+
+PLAIN = [Case("fp8"), Case("fp8", {"scheme": "static"}), Case("fp8", {"weight_only": True}), Case("int4"), Case("int8")]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=[case.name for case in PLAIN])
+def test_it_computes_the_same_in_the_dtype_that_it_comes_in(case: Case, tmp_path: Path) -> None:
+    """Where nothing is asked for, transformers casts float scales to that dtype: they are of it already."""
+    folder = exported(tmp_path / "out", case)
+    again = capture(str(folder))
+    inputs = probe_inputs(again, batch=3, length=17)
+    with torch.no_grad():
+        found = again(**inputs)
+    assert found.dtype is (torch.bfloat16 if case.target == "fp8" else torch.float16)
+    assert torch.equal(found, logits(folder, "auto", inputs))
+
+
+SAVED = [Case("fp8"), Case("nvfp4"), Case("mxfp4"), Case("int4"), Case("int8")]
+"""Transformers does not save what bitsandbytes has packed."""
+
+
+@pytest.mark.parametrize("case", SAVED, ids=[case.name for case in SAVED])
+def test_transformers_saves_it_again_and_reads_the_same(case: Case, tmp_path: Path) -> None:
+    folder = exported(tmp_path / "out", case)
+    load_model(str(folder), "causal-lm", "auto").save_pretrained(tmp_path / "again")
+    inputs = probe_inputs(graph(), batch=3, length=17)
+    assert torch.equal(logits(tmp_path / "again", "auto", inputs), logits(folder, "auto", inputs))
 
 
 def test_a_plan_of_an_export_is_the_graph_that_is_read(tmp_path: Path) -> None:
@@ -99,7 +127,7 @@ def test_modelopt_is_refused_as_transformers_does_not_read_it(tmp_path: Path) ->
     assert str(caught.value) == (
         f"{folder}: the weights are packed by modelopt, which qc does not read\n"
         "  fix    give the model before it was quantized, and let quantize-base do it; packed checkpoints of "
-        "compressed-tensors, bitsandbytes, gptq, awq, fp8 are read"
+        "compressed-tensors, bitsandbytes, gptq, awq, fp8, mxfp8 are read"
     )
 
 

@@ -47,6 +47,60 @@ def test_every_variant_that_a_server_takes_can_be_asked_for(server: str) -> None
         assert variant(settings) == one
 
 
+LOADED = {
+    "fp8-channel": "transformers vllm sglang tensorrt-llm",
+    "fp8-tensor": "transformers vllm sglang",
+    "fp8-block": "transformers vllm sglang tensorrt-llm",
+    "nvfp4": "transformers vllm sglang tensorrt-llm",
+    "nvfp4-weight-only": "transformers vllm sglang",
+    "mxfp8": "transformers vllm",
+    "int2": "transformers",
+    "int4": "transformers vllm sglang",
+    "int8-groups": "transformers vllm sglang",
+    "modelopt:fp8-static": "vllm sglang tensorrt-llm",
+    "modelopt:nvfp4": "vllm sglang tensorrt-llm",
+    "modelopt:mxfp8": "vllm",
+    "hf:fp8-block": "transformers vllm sglang tensorrt-llm",
+    "hf:mxfp8": "transformers vllm sglang tensorrt-llm",
+}
+"""What was read in the servers' sources, or loaded."""
+
+
+@pytest.mark.parametrize("one", LOADED)
+def test_who_loads_what_is_as_their_sources_say(one: str) -> None:
+    assert [server for server in servers() if one in load_server(server).accepts] == sorted(LOADED[one].split())
+
+
+def sized(hidden: int) -> Graph:
+    """Without values."""
+    from transformers import Qwen3Config
+
+    from graph import capture
+
+    return capture(Qwen3Config(hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                               head_dim=128, intermediate_size=256, vocab_size=200))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "refused"),
+    [
+        (136, {}, "sglang tensorrt-llm vllm"),
+        (144, {}, ""),
+        (144, {"target": "nvfp4"}, "sglang tensorrt-llm vllm"),
+        (160, {"target": "nvfp4"}, ""),
+        (160, {"target": "int4", "group": 32}, "sglang vllm"),
+        (256, {"target": "int4"}, ""),
+        (136, {"target": "int8"}, "sglang vllm"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_are_told(hidden: int, options: dict[str, Any], refused: str) -> None:
+    target, rest = options.get("target", "fp8"), {key: value for key, value in options.items() if key != "target"}
+    made = sized(hidden)
+    asked = {server: told(server, target, made, **rest) for server in servers()}
+    divided = [server for server, said in asked.items() if any(" divides the " in text for text in said)]
+    assert divided == refused.split()
+
+
 def test_what_every_server_takes_is_the_default() -> None:
     for server in servers():
         assert told(server, "fp8") == told(server, "nvfp4") == [], server
@@ -59,7 +113,7 @@ def test_what_every_server_takes_is_the_default() -> None:
         ("tensorrt-llm", "nvfp4", {"weight_only": True}, "TensorRT-LLM does not load nvfp4-weight-only\n  fix    export one of nvfp4, modelopt:nvfp4, modelopt:nvfp4-weight-only"),
         ("tensorrt-llm", "int4", {}, "TensorRT-LLM does not load int4\n  fix    export one of fp8, nvfp4"),
         ("transformers", "nvfp4", {"dialect": "modelopt"}, "transformers does not load modelopt:nvfp4\n  fix    export one of nvfp4, nvfp4-weight-only"),
-        ("sglang", "mxfp8", {}, "SGLang does not load mxfp8\n  fix    export one of fp8, nvfp4, int4, int8"),
+        ("sglang", "mxfp8", {}, "SGLang does not load mxfp8\n  fix    export one of hf:mxfp8"),
     ],
 )  # fmt: skip
 def test_what_a_server_does_not_load_is_told_with_what_it_does(
@@ -88,6 +142,22 @@ def test_weights_have_the_sizes_that_kernels_divide_by(monkeypatch: pytest.Monke
         "vLLM divides the rows of fp8 weights by 192, and model.layers.0.self_attn.q_proj.weight has 256\n"
         "  site   model.layers.0.self_attn.q_proj\n  fix    exclude it from the select of quantize-base"
     )
+
+
+def test_groups_have_the_sizes_that_kernels_know() -> None:
+    made = graph()
+    QuantizeBase(scheme="int4", block=256, select=Selector(role="mlp.down")).run(made)
+    made.verify()
+    assert (
+        told("vllm", "int4", made)[0]
+        == told("sglang", "int4", made)[0].replace("SGLang", "vLLM")
+        == (
+            "vLLM reads int4 in groups of 32, 64 or 128, and model.layers.0.mlp.down_proj.weight has groups of 256\n"
+            "  site   model.layers.0.mlp.down_proj\n  fix    set block to 128 in quantize-base"
+        )
+    )
+    assert told("transformers", "int4", made) == []
+    assert told("vllm", "int4", group=32) == []
 
 
 def test_an_embedding_that_is_packed_is_refused(tmp_path: Path) -> None:
