@@ -16,27 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graph import Graph
-from graph.probe import psnr_db, vocabulary
+from graph import Graph, QcError
+from graph.probe import psnr_db
+from runtimes.export import ABOUT
+from runtimes.export.onnx import DTYPES
 from runtimes.verify.findings import Finding, Report, exchanged, hashes, read_about, same_tokens
-from runtimes.verify.onnx_file import weights_lie, weights_size
-from runtimes.verify.probes import PROMPTS
+from runtimes.verify.onnx_file import configuration, ports, weights_lie, weights_size
+from runtimes.verify.onnx_probes import Probe, probes_of
+from runtimes.verify.onnx_values import values_hold
 
 MOST = 1e-4
 """Largest difference in fp32, for values of up to 10; where they are larger, this in their proportion."""
 
 LEAST_DB = {"fp32": 90.0, "fp16": 40.0, "loose": 30.0}
 """PSNR against the graph: by dtype, and as ONNX Runtime sets itself, with 8 bits for what weights multiply."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Tokens and mask [B, T], and how they are read."""
-
-    ids: Tensor
-    mask: Tensor
-    pieces: tuple[int, ...]
-    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,8 @@ class OnnxVerification(Report):
 
 def verify_onnx(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: float = 3600.0) -> OnnxVerification:
     """Check the model in ``folder`` against the graph; ``runtimes.verify.verify`` says the rest."""
-    about = read_about(folder)
-    dtype = str(about["dtype"])
+    about = _about(folder)
+    dtype, kv = about["dtype"], about["kv"]
     findings = [hashes(folder, about)]
     if findings[0].passed:
         findings.append(weights_lie(folder))
@@ -62,8 +55,11 @@ def verify_onnx(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: f
         return OnnxVerification(tuple(findings))
     exact = graph.copy().to(torch.float32)
     size, packed, numbers = weights_size(folder, exact, 2 if dtype == "fp16" else 4)
-    findings.append(size)
-    probes = probes_of(exact, bool(about.get("kv")), tokenizer)
+    findings += [size, configuration(folder, exact, dtype), ports(folder, exact, kv, DTYPES[dtype])]
+    if not findings[-1].passed:
+        return OnnxVerification(tuple(findings), numbers)
+    findings.append(values_hold(folder, exact, DTYPES[dtype]))
+    probes = probes_of(exact, kv, tokenizer)
     read = _read(folder, probes, packed, timeout)
     if isinstance(read, str):
         return OnnxVerification((*findings, Finding("ONNX Runtime reads it", False, read)), numbers)
@@ -78,28 +74,11 @@ def verify_onnx(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout: f
     return OnnxVerification(tuple(findings), numbers)
 
 
-def probes_of(graph: Graph, kv: bool, tokenizer: Any) -> list[Probe]:
-    """Random tokens of several batches and lengths, whole, padded on either side, of several documents; and texts.
-
-    With a past, two of them are read in pieces.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for batch, length, padded, pieces in (
-        (2, 24, 0, ()), (3, 17, -5, (9, 1, 7)), (3, 17, 5, (8, 1, 1, 7)), (1, 1, 0, ()), (4, 41, -40, ())
-    ):  # fmt: skip
-        ids = torch.randint(0, vocabulary(graph), (batch, length), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[-1, slice(padded, None) if padded < 0 else slice(padded)] = 0
-        found.append(Probe(ids, mask, pieces if kv and pieces else (length,)))
-    ids = torch.randint(0, vocabulary(graph), (2, 23), generator=generator)
-    documents = torch.ones_like(ids)
-    documents[:, 9:], documents[0, 15:] = 2, 3
-    found.append(Probe(ids, documents, (23,)))
-    for prompt in PROMPTS if tokenizer is not None else ():
-        ids = torch.tensor([list(tokenizer(prompt)["input_ids"])])
-        found.append(Probe(ids, torch.ones_like(ids), (ids.shape[1],), text=True))
-    return found
+def _about(folder: Path) -> dict[str, Any]:
+    about = read_about(folder)
+    if about.get("dtype") not in DTYPES or not isinstance(about.get("kv"), bool):
+        raise QcError(f"{folder / ABOUT} is damaged", fix="export again")
+    return about
 
 
 def _read(
