@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from graph import Graph, QcError, capture
 from passes.freeze_ternary import FreezeTernary
 from passes.runner import apply
+from passes.ste_fp16 import SteFp16
 from passes.ternary_ste import TernarySte
 from runtimes.export import ABOUT
 from runtimes.onnx.file import MODEL
@@ -125,6 +126,12 @@ def one_index(graph: Any) -> None:
     codes.raw_data = bytes([codes.raw_data[0] ^ 1]) + codes.raw_data[1:]
 
 
+def larger_scores(graph: Any) -> None:
+    """Scores are a tenth larger."""
+    scale = next(t for t in graph.initializer if not t.dims and t.data_type == 1 and numpy_helper.to_array(t) == 0.25)
+    scale.CopyFrom(numpy_helper.from_array(np.array(0.275, dtype=np.float32), scale.name))
+
+
 def fixed_sizes(graph: Any) -> None:
     """The model says that its results are of one batch and length."""
     for size, value in zip(graph.output[0].type.tensor_type.shape.dim, (2, 24), strict=False):
@@ -207,14 +214,25 @@ def test_sound_exports_pass(name: str, sound: Callable[[str], Path]) -> None:
     assert report.passed, report.table()
 
 
-@pytest.mark.parametrize("shared", [{"granularity": "channel"}, {"granularity": "group", "group": 16}])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("shared", "dtype"), [({"granularity": "channel"}, "fp32"), ({"granularity": "group", "group": 16}, "fp16")]
+)
 def test_ternary_exports_pass(shared: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     graph = random("qwen3")
     apply(TernarySte(**shared), graph, check=False)
     apply(FreezeTernary(), graph, check=False)
     report = verify(written(graph, tmp_path / "out", dtype=dtype, kv=True), graph)
     assert report.passed, report.table()
+
+
+def test_what_a_graph_rounds_to_fp16_may_be_rounded_apart(tmp_path: Path) -> None:
+    graph = quantized(random("qwen3"), "lut", rank=2, group=8)
+    apply(SteFp16(), graph, check=False)
+    report = verify(written(graph, tmp_path / "out"), graph)
+    assert report.passed, report.table()
+    assert report.figures()["max_difference"] > 1e-4  # which is too much where nothing is rounded
+    spoiled = verified_spoiled(tmp_path / "out", tmp_path / "spoiled", rewriting(larger_scores), graph)
+    assert "on random tokens" in [finding.what for finding in spoiled.findings if not finding.passed]
 
 
 @pytest.mark.parametrize("name", ["opt", "layoutlm"])
@@ -251,8 +269,7 @@ def test_a_sliding_window_is_read_beyond_its_end_where_that_is_not_far() -> None
     assert max(probe.ids.shape[1] for probe in probes_of(far, False, None)) == 41
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4", "lut"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("scheme", "dtype"), [("int8", "fp16"), ("fp8", "fp32"), ("int4", "fp16"), ("lut", "fp32")])
 def test_packed_values_are_those_of_the_graph_in_either_dtype(scheme: str, dtype: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lut": {"rank": 2, "group": 8}, "int4": {"block": 32}}.get(scheme, {})
     graph = quantized(made(config("qwen3")), scheme, **options)
