@@ -19,7 +19,12 @@ from runtimes.onnx.weights import name_of, source_of
 
 OUTPUTS = {"causal-lm": "logits", "encoder": "last_hidden_state", "module": "output"}
 
-HINTS = {"qc.dora": "run merge-lora before the export", "qc.dora_factor": "run merge-lora before the export"}
+HINTS = {
+    "qc.dora": "run merge-lora before the export",
+    "qc.dora_factor": "run merge-lora before the export",
+    "qc.fake_quantize_tokens": "take act_bits out of ternary-ste",
+}
+"""Op -> what to do where it has no lowering."""
 
 _NAMES = {"B": "batch", "T": "sequence", "N": "past", "S": "past"}
 """Symbol -> what ONNX calls the size."""

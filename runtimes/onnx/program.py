@@ -135,7 +135,8 @@ def plain(value: Tensor, name: str) -> Array:
     if not all_finite(value):
         bad = value[~torch.isfinite(value)][0].item()
         what = f"{name} holds {bad} in {str(value.dtype).removeprefix('torch.')}"
-        raise QcError(what, site=name, fix="export with dtype fp32, or repair the model")
+        wider = "export with dtype fp32, or " if value.dtype is torch.float16 else ""
+        raise QcError(what, site=name, fix=f"{wider}repair the model")
     value = value.detach().contiguous().cpu()
     return value.view(torch.uint8).numpy() if value.dtype is torch.float8_e4m3fn else value.numpy()
 

@@ -139,7 +139,7 @@ def repeat_interleave(low: Lowering, node: fx.Node) -> Result:
     return low.reshape(wide, [*before, -1, *after])
 
 
-@lowers("aten.cat")
+@lowers("aten.cat", "aten.concat")
 def cat(low: Lowering, node: fx.Node) -> Result:
     """One behind the other."""
     pieces: Any = node.args[0]

@@ -29,7 +29,7 @@ from graph.formats.trits import unpack_trits
 from graph.ops import op_name
 from graph.sites import Site, node_name
 from runtimes.onnx.lowering import Lowering, dtype_of, lowers, tensor_of, type_of
-from runtimes.onnx.program import Array, joined, plain
+from runtimes.onnx.program import TYPES, Array, joined, plain
 
 _THROUGH = frozenset({"aten.to.dtype", "qc.cast_like", "aten.contiguous", "aten.clone"})
 """Ops on a weight that do not depend on how it lies."""
@@ -87,7 +87,10 @@ class _Weight:
         self.rows, self.columns = map(int, tensor_of(node).shape)
         self.dtype = dtype_of(node)
         self.given = arguments(self.site)
-        type_of(self.dtype)
+        if self.dtype not in TYPES:
+            kind = str(self.dtype).removeprefix("torch.")
+            what = f"{self.name} is unpacked in {kind}, in which ONNX Runtime does not compute"
+            raise QcError(what, site=self.site.name, fix="pack it with compute_dtype model, fp32 or fp16")
 
     def value(self) -> str:
         """The weight, of floats."""
@@ -198,15 +201,24 @@ class _Weight:
             codes = self.codes("FLOAT8E4M3FN", lambda: self.sides()["indices"])
         else:
             bits = ELEMENTS[kind].bits
-            wide = next(width for width in (2, 4, 8) if width >= bits)
-            codes = self.codes(f"INT{wide}", lambda: self._signed(bits))
+            codes = self.codes(f"INT{self._width(bits)}", lambda: self._signed(bits))
         return self.dequantized(codes, count, self._read_scales)
 
     def _ternary(self) -> str:
         """Trits times scales: rounding the scale to the dtype of the model rounds the product."""
         count, packing = int(self.given["scale"].meta["val"].shape[1]), self.given["packing"]
-        codes = self.codes("INT2", lambda: unpack_trits(self.sides()["indices"], packing, self.columns) - 1)
+        codes = self.codes(
+            f"INT{self._width(2)}", lambda: unpack_trits(self.sides()["indices"], packing, self.columns) - 1
+        )
         return self.dequantized(codes, count, lambda: self.sides()["scale"].float().expand(self.rows, -1).contiguous())
+
+    def _width(self, bits: int) -> int:
+        """The bits of the narrowest integers that hold so many, and that ONNX Runtime multiplies rightly.
+
+        It miscomputes with 2 bits where the outputs are no multiple of 4 (1.31, DequantizeLinear before MatMul).
+        """
+        least = 2 if self.rows % 4 == 0 else 4
+        return next(width for width in (2, 4, 8) if width >= max(bits, least))
 
     def dequantized(self, codes: str, count: int, load: Callable[[], Tensor]) -> str:
         """Codes times ``count`` scales a row; ``load`` gives those, f32 [out, count]."""

@@ -29,6 +29,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
         asked = json.loads(file.metadata()["asked"])
     given = load_file(inputs)
     try:
+        tokens = _tokens(Path(folder))
         _check(Path(folder))
         session = Session(Path(folder))
         found = {f"out_{i}": _read(session, given, i, pieces) for i, pieces in enumerate(asked["pieces"])}
@@ -37,7 +38,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
             found |= {f"loose_{i}": _read(loose, given, i, pieces) for i, pieces in enumerate(asked["pieces"])}
     except QcError as error:
         sys.exit(f"{error.what} ({error.fix})")
-    facts = {"tokenizer": _tokens(Path(folder)), "outputs": session.outputs}
+    facts = {"tokenizer": tokens, "outputs": session.outputs}
     save_file(found, outputs, metadata={"facts": json.dumps(facts)})
 
 
@@ -70,13 +71,11 @@ def _read(session: Any, given: dict[str, Tensor], number: int, pieces: list[int]
 
 def _tokens(folder: Path) -> list[list[int]] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import TOKENIZER_FILES
+    from graph.artifact import TOKENIZER_FILES, load_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):  # how to generate is no tokenizer
         return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder, "the export")
     return [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
 
 

@@ -38,7 +38,7 @@ def exported(folder: Path) -> tuple[str, Path]:
 def test_verify_says_a_line_for_everything(exported: tuple[str, Path], folder: Path) -> None:
     done = qc("verify", str(exported[1]), "--artifact", exported[0], cwd=folder)
     assert done.code == 0, done.err
-    assert [line[:2] for line in done.out.splitlines()] == ["ok"] * 8
+    assert [line[:2] for line in done.out.splitlines()] == ["ok"] * 11
 
 
 def test_a_spoiled_model_ends_with_4(exported: tuple[str, Path], folder: Path) -> None:

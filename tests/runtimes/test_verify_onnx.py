@@ -52,7 +52,8 @@ def test_a_sound_export_passes_in_a_process_of_its_own(graph: Graph, sound: Path
     report = verify(sound, graph)
     assert report.passed, report.table()
     assert [finding.what for finding in report.findings] == [
-        "files", "weights", "size", "ONNX Runtime reads it", "on random tokens", "as ONNX Runtime sets itself", "tokenizer"
+        "files", "weights", "size", "configuration", "inputs and outputs", "values", "ONNX Runtime reads it",
+        "on random tokens", "as ONNX Runtime sets itself", "tokenizer",
     ]  # fmt: skip
     figures = report.figures()
     assert figures["max_difference"] < 1e-5 and figures["top1"] == 1.0 and abs(figures["size_off"]) < 0.02

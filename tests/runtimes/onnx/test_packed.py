@@ -7,12 +7,23 @@ from typing import Any
 
 import onnx
 import pytest
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from graph import capture
 from passes.freeze_ternary import FreezeTernary
+from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
+from runtimes.export.onnx import check
+from runtimes.verify.onnx_file import weights_size
 from tests.runtimes.ane.models import quantized, random
 from tests.runtimes.onnx.running import difference, written
+
+ODD: dict[str, Any] = {
+    "hidden_size": 36, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12,
+    "intermediate_size": 78, "vocab_size": 101,
+}  # fmt: skip
+"""Sizes that are multiples of little."""
 
 
 @pytest.mark.parametrize(
@@ -44,6 +55,28 @@ def test_ternary_weights_are_integers_of_two_bits(packing: Any, shared: dict[str
     held = {tensor.name: tensor for tensor in onnx.load(str(folder / "model.onnx")).graph.initializer}
     codes = held["model.layers.0.mlp.up_proj.weight.codes"]
     assert (codes.data_type, len(codes.raw_data)) == (onnx.TensorProto.INT2, 512)
+
+
+def test_two_bits_are_four_where_onnx_runtime_would_multiply_wrongly(tmp_path: Path) -> None:
+    graph = capture(AutoModelForCausalLM.from_config(Qwen3Config(**ODD)).eval())
+    apply(TernarySte(), graph, check=False)
+    apply(FreezeTernary(), graph, check=False)
+    folder = written(graph, tmp_path / "out")
+    assert difference(graph, folder) < 5e-6
+    held = {tensor.name: tensor.data_type for tensor in onnx.load(str(folder / "model.onnx")).graph.initializer}
+    assert held["model.layers.0.mlp.up_proj.weight.codes"] == onnx.TensorProto.INT4  # 78 outputs
+    assert held["model.layers.0.mlp.down_proj.weight.codes"] == onnx.TensorProto.INT2  # 36 outputs
+    assert weights_size(folder, graph, 4)[0].passed
+
+
+def test_a_weight_that_is_unpacked_in_what_onnx_runtime_has_not_is_named() -> None:
+    graph = random("qwen3")
+    apply(QuantizeBase(scheme="nf4", block=32, compute_dtype="bf16"), graph, check=False)
+    assert str(check(graph)[0]) == (
+        "model.layers.0.self_attn.q_proj.weight is unpacked in bfloat16, in which ONNX Runtime does not compute\n"
+        "  site   model.layers.0.self_attn.q_proj.weight/dequantize\n"
+        "  fix    pack it with compute_dtype model, fp32 or fp16"
+    )
 
 
 def test_int4_lies_in_half_bytes_and_is_never_unpacked(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ import torch
 
 from graph import Graph, QcError, capture, capture_module
 from graph.cache import insert_cache
+from passes.freeze_ternary import FreezeTernary
+from passes.runner import apply
+from passes.ternary_ste import TernarySte
 from runtimes.export import obstacles
 from runtimes.export.onnx import check, export
 from runtimes.onnx import file as onnx_file
@@ -55,6 +58,17 @@ def test_a_weight_that_trains_through_its_packing_has_to_be_frozen_first() -> No
         "model.layers.0.self_attn.q_proj.weight is still a float weight that is packed anew each time it is read\n"
         "  site   model.layers.0.self_attn.q_proj.weight/fake_quantize\n"
         "  fix    run freeze-q before the export"
+    )
+
+
+def test_inputs_that_are_rounded_by_token_are_refused_with_the_option_that_does_so() -> None:
+    graph = random("qwen3")
+    apply(TernarySte(act_bits=8), graph, check=False)
+    apply(FreezeTernary(), graph, check=False)
+    assert refused(graph) == (
+        "onnx has no lowering for qc.fake_quantize_tokens (x8)\n"
+        "  site   model.layers.0.input_layernorm/int8\n"
+        "  fix    take act_bits out of ternary-ste"
     )
 
 
