@@ -28,7 +28,7 @@ def asked(manifest: Mapping[str, Any], wanted: Export) -> dict[str, Any]:
 
 def content_of(manifest: Mapping[str, Any]) -> str:
     """What an artifact holds, whatever its recipe is worded like."""
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(_CONTENT)}
+    files = {name: entry for name, entry in manifest["files"].items() if name.startswith(_CONTENT)}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

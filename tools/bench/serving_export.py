@@ -1,11 +1,14 @@
 """Export a model of random weights for GPU servers: time and peak memory, beside copying its file.
 
-python tools/bench/serving_export.py [--layers 28] [--targets fp8,nvfp4] [--work FOLDER] [--check]
+python tools/bench/serving_export.py [--layers 28] [--targets fp8,nvfp4] [--command] [--work FOLDER] [--check]
 
 The model is of Qwen3's architecture, 1536 wide: 28 layers and a vocabulary of 151,936 are 1.5 B weights. Each export
 runs in a process of its own and streams the checkpoint; its peak memory is the high-water mark of that process. NVFP4
 is weight-only: calibration runs the model, which is another cost. Copies are of the model's file, each to a new file
 that is on disk before the clock stops, as that of an export is.
+
+With --command the model is compiled first, in bf16 and without passes, and what is timed is ``qc export`` of that
+artifact, from the start of Python to its end.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -75,6 +79,38 @@ def worker(target: str, model: str, out: str) -> None:
     print(json.dumps([seconds, cpu, kibibytes("VmHWM") / 2**20, report.bytes]))
 
 
+def exported(target: str, model: Path, out: Path) -> list[float]:
+    """What ``worker`` prints, of a process of its own."""
+    command = [sys.executable, __file__, "--worker", target, str(model), str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def exported_by_command(target: str, model: Path, out: Path) -> list[float]:
+    """The same of ``qc export``, start and end of its process included."""
+    runs, recipe = model.parent / "runs", model.parent / "plain.yaml"
+    if not runs.exists():
+        recipe.write_text(f"name: plain\nmodel: {json.dumps(str(model))}\ndtype: bf16\npasses: []\n")
+        _qc("compile", str(recipe), "--runs", str(runs))
+    options = ["--weight-only"] if OPTIONS.get(target) else []
+    start = time.perf_counter()
+    used = _qc("export", "--runs", str(runs), "--target", target, *options, "--no-verify", "--out", str(out))
+    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    return [time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20, size]
+
+
+def _qc(*arguments: str) -> resource.struct_rusage:
+    """Run the command line of this checkout; what its process used."""
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-m", "qc", *arguments], cwd=root, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"qc {arguments[0]} exited with {process.returncode}")
+    return used
+
+
 def copy_seconds(file: Path) -> float:
     """Seconds that a copy takes."""
     to, start = file.with_suffix(".copy"), time.perf_counter()
@@ -91,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--targets", default="fp8,nvfp4")
+    parser.add_argument("--command", action="store_true", help="time `qc export` of an artifact, as a whole process")
     parser.add_argument("--work", type=Path, help="folder for the model and its exports; without it, a temporary one")
     parser.add_argument("--check", action="store_true", help="exit 1 where a limit is missed")
     said = parser.parse_args()
@@ -101,9 +138,7 @@ def main() -> None:
         for target in said.targets.split(","):
             before = copy_seconds(file)
             out = Path(temporary) / target
-            command = [sys.executable, __file__, "--worker", target, str(file.parent), str(out)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds, cpu, peak, size = json.loads(done.stdout.splitlines()[-1])
+            seconds, cpu, peak, size = (exported_by_command if said.command else exported)(target, file.parent, out)
             copies = seconds / ((before + copy_seconds(file)) / 2)
             took = f"{seconds:6.1f} s, {cpu:6.1f} s of CPU, {copies:5.1f} copies of {COPIES}"
             print(f"{target:<6} {took}, {peak:.2f} GiB of {RSS_GIB:g}, {size / 1e9:.2f} GB written", flush=True)
