@@ -163,7 +163,7 @@ def _config(folder: Path, plan: Plan, dtype: torch.dtype) -> Finding:
     wanted = json.loads(json.dumps(config.quantization_config(plan, dtype)))
     try:
         found = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return Finding("configuration", False, "config.json cannot be read")
     if not isinstance(found, dict):
         return Finding("configuration", False, "config.json has no quantization_config")

@@ -89,6 +89,12 @@ def as_bytes(value: Tensor) -> Tensor:
 
 
 FP8, NVFP4, INT4, STATIC = Case("fp8"), Case("nvfp4"), Case("int4"), Case("fp8", {"scheme": "static"})
+
+
+def as_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
 FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
     "the scale of weights is its reciprocal": (FP8, value(f"{UP}weight_scale", lambda s: 1 / s), "weights"),
     "rows have each other's scales": (FP8, value(f"{UP}weight_scale", lambda s: s.flip(0)), "weights"),
@@ -109,6 +115,7 @@ FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
         FP8, configured(lambda c: c["quantization_config"].update(ignore=[])), "configuration",
     ),
     "the configuration aims at a class": (FP8, configured(lambda c: group_of(c).update(targets=["Linear"])), "configuration"),
+    "the configuration is a list": (FP8, as_list, "configuration"),
     "there is no configuration": (FP8, configured(lambda c: c.pop("quantization_config")), "configuration"),
     "an input has the scale of another": (
         STATIC, tensors(lambda f: f.update({f"{UP}input_scale": f["model.layers.1.mlp.down_proj.input_scale"] * 1})), "computes as served",
