@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graph import QcError
 from graph.formats import Scaled
 from runtimes.verify import verify
 from tests.runtimes.readers import verified_spoiled
@@ -169,3 +170,35 @@ def test_a_file_that_was_changed_behind_its_signature_is_named(right: Callable[[
     assert [(f.what, f.found) for f in found.findings if not f.passed] == [
         ("files", "model.safetensors is not what was written: its sha256 is wrong")
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        (FP8, {"serving": {"scheme": ["block"]}}),
+        (FP8, {"serving": {"scheme": "blocks"}}),
+        (FP8, {"serving": {"dialect": "mine"}}),
+        (INT4, {"serving": {"group": "32"}}),
+        (FP8, {"serving": {"kv_cache": "fp8"}, "kept": "all"}),
+        (FP8, {"serving": {"kv_cache": "fp8"}, "kept": None}),
+        (Case("nvfp4"), {"inputs": {"model.layers.0.mlp.up_proj": "3.0"}}),
+    ],
+)
+def test_an_export_that_says_what_cannot_be_is_damaged(
+    case: Case, told: dict[str, Any], right: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(right(case), tmp_path / "out")
+    about = json.loads((folder / "qc-export.json").read_text())
+    (folder / "qc-export.json").write_text(json.dumps(about | told))
+    with pytest.raises(QcError) as caught:
+        verify(folder, graph())
+    assert str(caught.value) == f"{folder / 'qc-export.json'} is damaged\n  fix    export again"
+
+
+def test_scales_of_other_attentions_are_named(right: Callable[[Case], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(right(FP8), tmp_path / "out")
+    about = json.loads((folder / "qc-export.json").read_text())
+    said = {"serving": {"kv_cache": "fp8"}, "kept": {"model.layers.9.self_attn": [1.0, 1.0]}}
+    (folder / "qc-export.json").write_text(json.dumps(about | said))
+    failed = [finding for finding in verify(folder, graph()).findings if not finding.passed]
+    assert [one.found for one in failed] == ["they are not those of the attentions of this graph"]
