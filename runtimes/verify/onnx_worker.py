@@ -70,9 +70,9 @@ def _read(session: Any, given: dict[str, Tensor], number: int, pieces: list[int]
 
 def _tokens(folder: Path) -> list[list[int]] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import TOKENIZER_FILES
+    from graph.artifact import has_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 
