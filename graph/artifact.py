@@ -59,6 +59,11 @@ class Artifact:
         return folder if folder.is_dir() else None
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it has a tokenizer; settings for generation alone are none."""
+        return self.tokenizer is not None and has_tokenizer(self.tokenizer)
+
+    @property
     def memory_tokenizer(self) -> Path | None:
         """The folder of the tokenizer of its encoder, where it has an encoder."""
         folder = self.folder / "memory_tokenizer"
@@ -73,11 +78,16 @@ class Artifact:
         return load_tokenizer(self.tokenizer, str(self.folder))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in ``folder``."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:-1])
+
+
 def load_tokenizer(folder: Path | None, whose: str) -> Any:
     """The transformers tokenizer in ``folder``."""
     from transformers import AutoTokenizer
 
-    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
+    if folder is None or not has_tokenizer(folder):
         raise QcError(
             f"{whose} has no tokenizer", fix="put tokenizer.json beside the model's config.json and compile again"
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -52,7 +54,8 @@ def capture(
     from transformers import PreTrainedConfig, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        return bind_live(_trace(model.config, kind or _kind_of(model), canonical)[0], model, dtype)
+        with _told():
+            return bind_live(_trace(model.config, kind or _kind_of(model), canonical)[0], model, dtype)
     if isinstance(model, PreTrainedConfig):
         if getattr(model, "quantization_config", None):
             what = "the configuration is of packed weights, and without them nobody knows how they are packed"
@@ -73,7 +76,8 @@ def capture(
         return fill_in_computed(_typed(graph, dtype or torch.float32), empty)
     if checkpoint.is_converted(empty):  # a tensor of the graph is no tensor of the files: transformers makes it
         loaded = type(empty).from_pretrained(checkpoint.folder, dtype=checkpoint.dtype, local_files_only=True)
-        return bind_live(graph, loaded.eval(), dtype)
+        with _told():
+            return bind_live(graph, loaded.eval(), dtype)
     _typed(graph, dtype or own)
     graph.stored = checkpoint.bind(graph, empty)
     fill_in_computed(graph, empty)
@@ -184,12 +188,28 @@ def _exported(model: Any, kind: Kind, canonical: bool) -> fx.GraphModule:
 
 
 def _typed(graph: Graph, dtype: torch.dtype) -> Graph:
-    """The graph in ``dtype``; a configuration whose sizes contradict each other shows here."""
-    try:
+    """The graph in ``dtype``."""
+    with _told():
         return graph.to(dtype)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Inside, a configuration whose sizes contradict each other is an error, and so is an op that this torch lacks."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which writes the traceback of every such op
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
     except Malformed as error:
-        what = f"the sizes in config.json do not go together: {str(error).splitlines()[0]}"
+        said = str(error).splitlines()[0]
+        if "not implemented for" in said:
+            fix = "see docs/models.md for the architectures that work"
+            raise QcError(f"the model cannot be captured: {said}", fix=fix, site=error.site) from None
+        what = f"the sizes in config.json do not go together: {said}"
         raise QcError(what, fix="repair config.json, or fetch it again", site=error.site) from None
+    finally:
+        log.setLevel(level)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _text(run: Run, stage: Stage) -> Text | None:
 
 def _calibrated(wanted: Export, loaded: Artifact, text: Text | None) -> dict[str, Any]:
     """Rows of tokens of the recipe's own text, for a target whose inputs have ranges; it has others without them."""
-    if text is None or loaded.tokenizer is None or "calibration" not in options_of(wanted.target):
+    if text is None or not loaded.reads_text or "calibration" not in options_of(wanted.target):
         return {}
     from runtimes.export._serving import settings_of
 
@@ -131,7 +131,7 @@ def _bytes_of(text: str) -> int:
 def _verified(loaded: Artifact, folder: Path, tell: Tell) -> dict[str, Any]:
     from runtimes.verify import verify
 
-    report = verify(folder, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.tokenizer else None)
+    report = verify(folder, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.reads_text else None)
     tell(report.table())
     if not report.passed:
         raise VerificationFailed(
@@ -230,10 +230,12 @@ def verify_export(exported: Path, artifact: str | None, runs: Path) -> dict[str,
     from runtimes.verify import verify
     from runtimes.verify.findings import read_about
 
+    if not exported.is_dir():
+        raise QcError(f"there is no folder {exported}", fix="give the folder that qc export wrote")
     about = read_about(exported)
     made_of = artifact_of(exported, about, runs) if artifact is None else find_artifact(artifact, runs)
     loaded = load(made_of)
-    report = verify(exported, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.tokenizer else None)
+    report = verify(exported, loaded.graph, tokenizer=loaded.load_tokenizer() if loaded.reads_text else None)
     if not report.passed:
         raise VerificationFailed(
             f"{exported} does not compute what {loaded.folder} computes:\n{report.table()}", fix="export it again"

@@ -119,9 +119,10 @@ def find_run(given: str | None, root: Path = DEFAULT) -> Run:
         return latest(root)
     folder = Path(given)
     if not (folder / "run.json").is_file():
-        raise QcError(
-            f"{given} is not a run of qc", fix=f"give a folder under {root}/, or leave it out for the latest run"
-        )
+        fix = f"give a folder under {root}/, or leave it out for the latest run"
+        if (folder / "config.json").is_file():  # a model, or an export
+            fix = f"compile it first: qc compile fp16 --set model={given}"
+        raise QcError(f"{given} is not a run of qc", fix=fix)
     return Run(folder)
 
 

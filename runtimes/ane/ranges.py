@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graph import Graph, QcError
-from graph.artifact import TOKENIZER_FILES, load_tokenizer
+from graph.artifact import has_tokenizer, load_tokenizer
 from graph.core import Streaming
 from graph.ops import op_name, repeat_heads
 from graph.probe import vocabulary
@@ -64,7 +64,7 @@ def calibration(graph: Graph, tokenizer: Path | None, tokens: int) -> list[Tenso
     rows = -(-tokens // length) if length else 0
     generator = torch.Generator().manual_seed(0)
     random = [torch.randint(0, vocabulary(graph), (1, length), generator=generator) for _ in range(rows)]
-    if tokenizer is None or not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:-1]):
+    if tokenizer is None or not has_tokenizer(tokenizer):
         return random
     read, found = load_tokenizer(tokenizer, str(tokenizer)), list[Tensor]()
     for text in (read_text(file) for file in stdlib_files("heldout")):

@@ -71,9 +71,9 @@ def _read(session: Any, given: dict[str, Tensor], number: int, pieces: list[int]
 
 def _tokens(folder: Path) -> list[list[int]] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import TOKENIZER_FILES, load_tokenizer
+    from graph.artifact import has_tokenizer, load_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):  # how to generate is no tokenizer
+    if not has_tokenizer(folder):
         return None
     tokenizer = load_tokenizer(folder, "the export")
     return [list(tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]

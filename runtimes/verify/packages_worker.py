@@ -109,9 +109,9 @@ def _first_infinite(traces: Any) -> str:
 
 def _tokens(folder: Path) -> dict[str, Any] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import TOKENIZER_FILES
+    from graph.artifact import has_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from graph.probe import psnr_db
 from graph.weights import read_header
 from runtimes.export import ABOUT
 from runtimes.serving import config, layout
+from runtimes.serving.caches import caches_of
 from runtimes.serving.plan import Plan, make_plan
 from runtimes.serving.reference import served
-from runtimes.serving.settings import Serving
+from runtimes.serving.settings import Dialect, KvCache, Scheme, Serving
 from runtimes.verify import caches
 from runtimes.verify.findings import Finding, hashes, read_about
 from runtimes.verify.modelopt import readable
@@ -53,6 +54,9 @@ def verify_serving(folder: Path, graph: Graph, *, tokenizer: Any = None, timeout
     plan, errors = make_plan(graph, settings, dtype)
     if errors:
         return unread((hashes(folder, about), Finding("fits its graph", False, errors[0].what)))
+    if settings.kv_cache is not None and {one.attention for one in caches_of(graph)[0]} != set(about["kept"]):
+        what = "they are not those of the attentions of this graph"
+        return unread((hashes(folder, about), Finding("scales of the cache", False, what)))
     files = (hashes(folder, about), _tensors(folder, plan, about, dtype), _config(folder, plan, dtype))
     if not all(finding.passed for finding in files):
         return unread(files)
@@ -97,11 +101,20 @@ def _asked(folder: Path, about: dict[str, Any]) -> tuple[Serving, torch.dtype]:
     """What was asked for, and the dtype of what is not packed."""
     try:
         settings = Serving(target=about["target"], **about["serving"])
+        if not _known(settings) or not all(isinstance(seen, float) for seen in about["inputs"].values()):
+            raise ValueError("serving")
         if settings.kv_cache is not None:
             _kept(about)
-        return settings, _DTYPES[about["dtype"]] if isinstance(about["inputs"], dict) else _DTYPES[""]
-    except (KeyError, TypeError, ValueError):
+        return settings, _DTYPES[about["dtype"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise QcError(f"{folder / ABOUT} is damaged", fix="export again") from None
+
+
+def _known(settings: Serving) -> bool:
+    """Whether every option has a value that it can have; a file may say anything."""
+    chosen = ((settings.scheme, Scheme), (settings.dialect, Dialect), (settings.kv_cache, KvCache))
+    whole = settings.group is None or isinstance(settings.group, int)
+    return whole and all(value is None or value in get_args(kind) for value, kind in chosen)
 
 
 def _compared(
@@ -163,7 +176,7 @@ def _config(folder: Path, plan: Plan, dtype: torch.dtype) -> Finding:
     wanted = json.loads(json.dumps(config.quantization_config(plan, dtype)))
     try:
         found = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return Finding("configuration", False, "config.json cannot be read")
     if not isinstance(found, dict):
         return Finding("configuration", False, "config.json has no quantization_config")

@@ -112,6 +112,15 @@ def test_python_writes_each_target_in_its_own_dtype(runs: dict[str, str], folder
     assert _about(out)["dtype"] == "bf16"
 
 
+def test_a_model_without_a_tokenizer_is_exported_and_verified(folder: Path) -> None:
+    shutil.copytree(folder / "tiny", folder / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    (folder / "bare.yaml").write_text("model: bare\n")
+    assert qc("compile", "bare.yaml", "--runs", "bare-runs", cwd=folder).code == 0
+    done = qc("export", "-t", "nvfp4", "-o", "bare-nvfp4", "--runs", "bare-runs", cwd=folder)
+    assert (done.code, "ok    tokenizer              none\n" in done.err) == (0, True), done.err
+    assert qc("verify", "bare-nvfp4", "--runs", "bare-runs", cwd=folder).code == 0
+
+
 def _about(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "qc-export.json").read_text())
     return found

@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Any:
 
 
 def loaded() -> Any:
-    return SimpleNamespace(tokenizer=Path("folder"), load_tokenizer=byte_tokenizer)
+    return SimpleNamespace(reads_text=True, tokenizer=Path("folder"), load_tokenizer=byte_tokenizer)
 
 
 def letters(rows: dict[str, Any]) -> set[str]:

@@ -266,3 +266,9 @@ def test_what_was_changed_behind_the_export_is_named(
 ) -> None:
     damage(export)
     assert verify(export, graph).findings[0].found == found
+
+
+def test_settings_for_generation_alone_are_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert worker._tokens(tmp_path) is None

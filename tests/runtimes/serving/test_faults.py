@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graph import QcError
 from graph.formats import Scaled
 from runtimes.verify import verify
 from tests.runtimes.readers import verified_spoiled
@@ -89,6 +90,12 @@ def as_bytes(value: Tensor) -> Tensor:
 
 
 FP8, NVFP4, INT4, STATIC = Case("fp8"), Case("nvfp4"), Case("int4"), Case("fp8", {"scheme": "static"})
+
+
+def as_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
 FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
     "the scale of weights is its reciprocal": (FP8, value(f"{UP}weight_scale", lambda s: 1 / s), "weights"),
     "rows have each other's scales": (FP8, value(f"{UP}weight_scale", lambda s: s.flip(0)), "weights"),
@@ -109,6 +116,7 @@ FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
         FP8, configured(lambda c: c["quantization_config"].update(ignore=[])), "configuration",
     ),
     "the configuration aims at a class": (FP8, configured(lambda c: group_of(c).update(targets=["Linear"])), "configuration"),
+    "the configuration is a list": (FP8, as_list, "configuration"),
     "there is no configuration": (FP8, configured(lambda c: c.pop("quantization_config")), "configuration"),
     "an input has the scale of another": (
         STATIC, tensors(lambda f: f.update({f"{UP}input_scale": f["model.layers.1.mlp.down_proj.input_scale"] * 1})), "computes as served",
@@ -162,3 +170,35 @@ def test_a_file_that_was_changed_behind_its_signature_is_named(right: Callable[[
     assert [(f.what, f.found) for f in found.findings if not f.passed] == [
         ("files", "model.safetensors is not what was written: its hash is wrong")
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        (FP8, {"serving": {"scheme": ["block"]}}),
+        (FP8, {"serving": {"scheme": "blocks"}}),
+        (FP8, {"serving": {"dialect": "mine"}}),
+        (INT4, {"serving": {"group": "32"}}),
+        (FP8, {"serving": {"kv_cache": "fp8"}, "kept": "all"}),
+        (FP8, {"serving": {"kv_cache": "fp8"}, "kept": None}),
+        (Case("nvfp4"), {"inputs": {"model.layers.0.mlp.up_proj": "3.0"}}),
+    ],
+)
+def test_an_export_that_says_what_cannot_be_is_damaged(
+    case: Case, told: dict[str, Any], right: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(right(case), tmp_path / "out")
+    about = json.loads((folder / "qc-export.json").read_text())
+    (folder / "qc-export.json").write_text(json.dumps(about | told))
+    with pytest.raises(QcError) as caught:
+        verify(folder, graph())
+    assert str(caught.value) == f"{folder / 'qc-export.json'} is damaged\n  fix    export again"
+
+
+def test_scales_of_other_attentions_are_named(right: Callable[[Case], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(right(FP8), tmp_path / "out")
+    about = json.loads((folder / "qc-export.json").read_text())
+    said = {"serving": {"kv_cache": "fp8"}, "kept": {"model.layers.9.self_attn": [1.0, 1.0]}}
+    (folder / "qc-export.json").write_text(json.dumps(about | said))
+    failed = [finding for finding in verify(folder, graph()).findings if not finding.passed]
+    assert [one.found for one in failed] == ["they are not those of the attentions of this graph"]
