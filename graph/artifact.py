@@ -29,14 +29,10 @@ from graph.core import Graph
 from graph.errors import QcError
 from graph.hashes import is_as_recorded, recorded, sha256
 from graph.schema import from_json, to_json
+from graph.tokenizer import copy_tokenizer, has_tokenizer, load_tokenizer
 from graph.weights import Entry, Stored, read_header, write
 
 VERSION = 1
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,26 +72,6 @@ class Artifact:
     def load_tokenizer(self) -> Any:
         """Its tokenizer, or a QcError where it has none."""
         return load_tokenizer(self.tokenizer, str(self.folder))
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies in ``folder``."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES[:-1])
-
-
-def load_tokenizer(folder: Path | None, whose: str) -> Any:
-    """The transformers tokenizer in ``folder``."""
-    from transformers import AutoTokenizer
-
-    if folder is None or not has_tokenizer(folder):
-        raise QcError(
-            f"{whose} has no tokenizer", fix="put tokenizer.json beside the model's config.json and compile again"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QcError(f"the tokenizer in {folder} cannot be read: {first[:200]}", fix="repair tokenizer.json") from None
 
 
 def save(
@@ -243,15 +219,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise QcError(f"{path} is damaged", fix=_FIX) from None
     return manifest
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Carry tokenizer, chat template and generation settings over."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if names:
-        target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ Tell = Callable[[str], None]
 
 def make_cache(recipe: Recipe, runs: Path, *, force: bool, tell: Tell) -> Made:
     """The cache that ``recipe`` describes, made or taken as it is."""
-    from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
+    from graph.tokenizer import load_tokenizer
     from runtimes.distill.writer import Source, make
 
     settings = _settings(recipe)

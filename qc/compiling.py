@@ -104,7 +104,8 @@ def _compiled(
 ) -> dict[str, Any]:
     """What ``save`` writes of a stage."""
     import qc
-    from graph.artifact import load, load_tokenizer
+    from graph.artifact import load
+    from graph.tokenizer import load_tokenizer
     from recipes.lock import text as lock_text
 
     memory_tokenizer: Path | None

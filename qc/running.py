@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graph.artifact import load_tokenizer
+from graph.tokenizer import load_tokenizer
 from qc.assessing import assess_stage, audit_stage
 from qc.caching import make_cache
 from qc.compiling import compile_stage

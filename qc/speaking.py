@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graph.artifact import load, load_tokenizer
+from graph.artifact import load
 from graph.errors import QcError
 from graph.joint import is_joint
+from graph.tokenizer import load_tokenizer
 from qc.runs import find_artifact
 from runtimes.context import with_context
 from runtimes.coreml.meta import is_export

@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="formats whose name has this in it")
     said = parser.parse_args()
     from graph import capture
-    from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
+    from graph.tokenizer import load_tokenizer
     from runtimes.data.corpus import Corpus
     from runtimes.evaluate import evaluate
     from runtimes.settings import PythonStdlib

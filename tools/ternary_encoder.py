@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from graph import Graph, capture
-from graph.artifact import load, load_tokenizer
+from graph.artifact import load
+from graph.tokenizer import load_tokenizer
 from runtimes.data.corpus import Corpus
 from runtimes.embeddings import pooled
 from runtimes.settings import PythonStdlib

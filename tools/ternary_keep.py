@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from graph import Graph, Selector, capture  # noqa: E402
-from graph.artifact import load_tokenizer  # noqa: E402
 from graph.checkpoint import locate  # noqa: E402
 from graph.importance import Candidate, within  # noqa: E402
+from graph.tokenizer import load_tokenizer  # noqa: E402
 from passes.base import Weighed  # noqa: E402
 from passes.calibrate import Calibrate  # noqa: E402
 from passes.keeping import Keep  # noqa: E402

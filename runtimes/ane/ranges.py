@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from graph import Graph, QcError
-from graph.artifact import has_tokenizer, load_tokenizer
 from graph.core import Streaming
 from graph.ops import op_name, repeat_heads
 from graph.probe import vocabulary
 from graph.sites import node_name, tag
+from graph.tokenizer import has_tokenizer, load_tokenizer
 from runtimes.ane.memory import any_memory
 from runtimes.ane.weights import Weight, weight_of
 from runtimes.stdlib_text import read_text, stdlib_files

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from graph import QcError
-from graph.artifact import TOKENIZER_FILES, appearing, copy_tokenizer
+from graph.artifact import appearing
 from graph.hashes import recorded
+from graph.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from runtimes.export import ABOUT
 
 _EMBEDDER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")

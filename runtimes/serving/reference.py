@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from graph import Graph, TensorInfo
 from graph.formats import fake_quantize_input, store_packed
 from runtimes.serving.caches import round_kept
+from runtimes.serving.gelu import spell_out
 from runtimes.serving.layout import input_tensors
 from runtimes.serving.plan import Part, Plan
 from runtimes.serving.settings import Serving
@@ -36,6 +37,7 @@ def served(
     twin = plan.graph.copy()
     if twin.dtype is not dtype:
         twin.to(dtype)
+    spell_out(twin)
     rounded: dict[tuple[fx.Node, float, tuple[str, int]], fx.Node] = {}
     sites = {site.name: site for site in twin.sites("aten.linear")}
     for part in plan.parts:

@@ -22,6 +22,10 @@ from runtimes.export import ABOUT
 PROBE_TEXTS = ("def main(argv):\n    return 0\n", "The quick brown fox, naïve café, 東京.", " two  spaces\tand a tab")
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data")
+"""How files end that readers look for weights in."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was checked."""
@@ -60,21 +64,35 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise QcError(f"{folder} is no export of qc: it has no {ABOUT}", fix="give the folder that qc export wrote")
     try:
         about: dict[str, Any] = json.loads(path.read_text())
-        if about["format"] != "qc-export" or not isinstance(about["files"], Mapping) or not about["target"]:
+        if about["format"] != "qc-export" or not about["target"] or not _records(about["files"]):
             raise KeyError("format")
     except (OSError, ValueError, KeyError, TypeError):
         raise QcError(f"{path} is damaged", fix="export again") from None
     return about
 
 
+def _records(files: Any) -> bool:
+    """Whether each file, of the folder and no other, has a hash."""
+    if not isinstance(files, Mapping) or not files:
+        return False
+    inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in files)
+    entries = [entry for entry in files.values() if isinstance(entry, Mapping)]
+    hashed = all(any(isinstance(entry.get(kind), str) for kind in ("blake3", "sha256")) for entry in entries)
+    return inside and hashed and len(entries) == len(files)
+
+
 def hashes(folder: Path, about: Mapping[str, Any]) -> Finding:
-    """Every file is there, and what was written."""
+    """Every file is there, and what was written; nothing else is there that a reader may take for weights."""
     for name, entry in about["files"].items():
         path = folder / name
         if not path.is_file():
             return Finding("files", False, f"{name} is missing")
         if not is_as_recorded(path, entry):
             return Finding("files", False, f"{name} is not what was written: its hash is wrong")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.suffix in _WEIGHTS)
+    other = next((name for name in names if name not in about["files"]), None)
+    if other is not None:
+        return Finding("files", False, f"{other} is none of those that were written")
     return Finding("files", True, f"{len(about['files'])}, each with its hash")
 
 

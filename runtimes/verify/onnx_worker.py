@@ -71,7 +71,7 @@ def _read(session: Any, given: dict[str, Tensor], number: int, pieces: list[int]
 
 def _tokens(folder: Path) -> list[list[int]] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import has_tokenizer, load_tokenizer
+    from graph.tokenizer import has_tokenizer, load_tokenizer
 
     if not has_tokenizer(folder):
         return None

@@ -109,7 +109,7 @@ def _first_infinite(traces: Any) -> str:
 
 def _tokens(folder: Path) -> dict[str, Any] | None:
     """The tokens of the probe texts; None where there is no tokenizer."""
-    from graph.artifact import has_tokenizer
+    from graph.tokenizer import has_tokenizer
 
     if not has_tokenizer(folder):
         return None

@@ -221,6 +221,37 @@ def test_an_export_of_before_is_held_to_its_sha256_and_one_without_a_hash_is_not
     assert hashes(out, about).found == "config.json is not what was written: its hash is wrong"
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        None,
+        {"config.json": "0" * 64},
+        {"config.json": None},
+        {"config.json": {"bytes": 3}},
+        {"config.json": {"blake3": None}},
+        {"../config.json": {"blake3": "0" * 64}},
+        {"/config.json": {"blake3": "0" * 64}},
+    ],
+)
+def test_a_list_of_files_that_cannot_be_is_damaged(files: Any, tmp_path: Path) -> None:
+    out = exported(tmp_path)
+    about = json.loads((out / ABOUT).read_text())
+    (out / ABOUT).write_text(json.dumps({**about, "files": files}))
+    with pytest.raises(QcError) as caught:
+        verify(out, graph())
+    assert str(caught.value) == f"{out / ABOUT} is damaged\n  fix    export again"
+
+
+@pytest.mark.parametrize("name", ["model-00002.safetensors", "pytorch_model.bin", "deep/adapter.pt"])
+def test_weights_that_were_not_written_are_named(name: str, tmp_path: Path) -> None:
+    out = exported(tmp_path)
+    (out / "README.md").write_text("what a hub wants")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(b"other weights")
+    assert failing(out)[0] == ("files", f"{name} is none of those that were written")
+
+
 @pytest.mark.usefixtures("same_process")
 def test_a_wrong_tokenizer_and_missing_settings_are_found(tmp_path: Path) -> None:
     from transformers import AutoTokenizer

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graph import Graph
-from graph.artifact import load_tokenizer
+from graph.tokenizer import load_tokenizer
 from runtimes.mil import Package
 from runtimes.mil.program import Stored
 from runtimes.mil.proto import definitions

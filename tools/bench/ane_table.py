@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from graph import Graph, capture
-from graph.artifact import load_tokenizer
 from graph.checkpoint import locate
+from graph.tokenizer import load_tokenizer
 from tools.bench.tables import replace_table
 from tools.minilm import minilm
 

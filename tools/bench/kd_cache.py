@@ -49,8 +49,8 @@ def load(kind: str) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from graph import capture
-    from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
+    from graph.tokenizer import load_tokenizer
 
     folder = locate("seedling")
     model: Any

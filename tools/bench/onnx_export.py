@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from graph import Graph, capture
-from graph.artifact import load_tokenizer
 from graph.checkpoint import locate
 from graph.formats import LutOptions
+from graph.tokenizer import load_tokenizer
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from runtimes.export.onnx import export

@@ -31,8 +31,8 @@ TIME, MEMORY = 1.06, 1.08
 
 def prepare(work: Path, model: str, steps: int) -> None:
     """The model folder, and the tokens of every step and of what is held out."""
-    from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
+    from graph.tokenizer import load_tokenizer
     from runtimes.data.corpus import Corpus, Split
     from runtimes.settings import PythonStdlib
 

@@ -185,8 +185,8 @@ CASES = (
 
 def prepare(work: Path, steps: int) -> None:
     """The model, the tokens of every step, drawn from many files as ``qc train`` draws them, and what is held out."""
-    from graph.artifact import load_tokenizer
     from graph.checkpoint import locate
+    from graph.tokenizer import load_tokenizer
     from runtimes.data.corpus import Corpus
     from runtimes.settings import PythonStdlib
 

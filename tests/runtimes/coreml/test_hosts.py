@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graph import Graph, QcError
-from graph.artifact import load_tokenizer
 from graph.probe import psnr_db
+from graph.tokenizer import load_tokenizer
 from runtimes.coreml.decoder import Decoder, Session
 from runtimes.coreml.encoder import Encoder
 from runtimes.coreml.inputs import HIDDEN, decoder_mask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graph import Graph, capture
-from graph.artifact import load_tokenizer
+from graph.tokenizer import load_tokenizer
 from runtimes.coreml.encoder import Encoder, pooling
 from runtimes.export.ane import export
 from runtimes.verify import verify

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from graph import Graph, QcError, capture
-from graph.artifact import load_tokenizer
 from graph.checkpoint import locate
+from graph.tokenizer import load_tokenizer
 from passes.quantize_base import QuantizeBase
 from passes.runner import apply
 from runtimes.export import ABOUT

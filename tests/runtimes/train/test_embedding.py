@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from graph import Graph, QcError, capture
-from graph.artifact import load_tokenizer
 from graph.encoder import as_encoder
+from graph.tokenizer import load_tokenizer
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
 from runtimes.data import Batch

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from graph import Graph, capture
-from graph.artifact import load_tokenizer
 from graph.checkpoint import locate
+from graph.tokenizer import load_tokenizer
 from passes.runner import apply
 from passes.ternary_ste import TernarySte
 from runtimes.data.corpus import Corpus
