@@ -27,6 +27,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8, scheme static": ("fp8", {"scheme": "static"}),
     "fp8, weight-only": ("fp8", {"weight_only": True}),
     "mxfp8": ("mxfp8", {}),
+    "mxfp8, weight-only": ("mxfp8", {"weight_only": True}),
     "int8": ("int8", {}),
     "int8, weight-only": ("int8", {"weight_only": True}),
     "nvfp4": ("nvfp4", {}),

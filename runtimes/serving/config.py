@@ -153,10 +153,10 @@ def _strategy(form: Scaled) -> dict[str, Any]:
 
 
 def _fine_grained(settings: Serving, ignored: list[str]) -> dict[str, Any]:
-    """Of the dialect ``hf``, which calls MXFP8 a method of its own."""
-    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    """Of the dialect ``hf``, where MXFP8 is a method of its own; some readers of that know ``ignored_layers`` alone."""
+    said: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     if settings.target == "mxfp8":
-        said |= {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+        said |= {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0", "ignored_layers": ignored}
     return {**said, "fmt": "e4m3", "modules_to_not_convert": ignored}
 
 

@@ -140,6 +140,16 @@ FAULTS: dict[str, tuple[Case, Callable[[Path], None], str]] = {
     ),
     "exponents are off by one": (Case("mxfp8"), value(f"{UP}weight_scale", lambda s: s + 1), "weights"),
     "the halves of MX bytes are swapped": (Case("mxfp4"), value(f"{UP}weight_packed", swapped), "weights"),
+    "transformers' own factor is a divisor": (
+        Case("fp8", {"dialect": "hf"}), value(f"{UP}weight_scale_inv", lambda s: 1 / s), "weights",
+    ),
+    "transformers' own exponents are off by one": (
+        Case("mxfp8", {"dialect": "hf"}), value(f"{UP}weight_scale_inv", lambda s: s + 1), "weights",
+    ),
+    "transformers' own configuration is of larger blocks": (
+        Case("mxfp8", {"dialect": "hf"}),
+        configured(lambda c: c["quantization_config"].update(weight_block_size=[128, 128])), "configuration",
+    ),
     "bytes are not signed": (
         Case("int8"), value(f"{UP}weight", lambda w: (as_bytes(w) ^ 0x80).view(torch.int8)), "weights",
     ),

@@ -54,6 +54,19 @@ def test_a_packed_graph_is_written_as_it_is(options: Any, target: str, names: li
     assert codes.load().view(torch.uint8).flatten().equal(packed.tensor(module + "weight.indices").flatten())
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_is_told_what_is_packed(double: bool, tmp_path: Path) -> None:
+    packed = graph()
+    apply(QuantizeBase(scheme="nf4", double_quant=double), packed)
+    out = exported(tmp_path / "out", Case("nf4"), packed)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    wanted = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": "float16", "llm_int8_skip_modules": ["lm_head"],
+    }  # fmt: skip
+    assert {key: said[key] for key in wanted} == wanted
+
+
 @pytest.mark.usefixtures("same_process")
 def test_of_a_graph_packed_in_part_the_rest_stays_as_it_is(tmp_path: Path) -> None:
     from graph import Selector
@@ -70,6 +83,19 @@ def test_of_a_graph_packed_in_part_the_rest_stays_as_it_is(tmp_path: Path) -> No
     ]  # fmt: skip
     assert said["ignore"][-1] == "lm_head"
     assert "model.layers.0.self_attn.q_proj" in said["ignore"]
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_group_may_be_a_whole_row(tmp_path: Path) -> None:
+    from graph import Selector
+
+    packed = graph()
+    apply(QuantizeBase(select=Selector(role="mlp.down"), scheme="int4", block=256), packed, check=False)
+    out = exported(tmp_path / "out", Case("int4"), packed)
+    assert stored(out)["model.layers.1.mlp.down_proj.weight_scale"].shape == (128, 1)
+    found = verify(out, packed)
+    assert found.passed, found.table()
+    assert found.figures()["max_difference"] == 0.0
 
 
 def test_names_of_linears_become_one_pattern_where_only_the_block_differs() -> None:
