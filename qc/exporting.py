@@ -53,6 +53,21 @@ def _text(run: Run, stage: Stage) -> Text | None:
     return lambda tokenizer, tokens: text_reader(recipe, cache, lambda: tokenizer)(found, tokens, 128, 8)
 
 
+def _text_of(artifact: Path) -> Text | None:
+    """That of the run which an artifact lies in; without a run, or once its recipe has changed, there is none."""
+    folder = artifact.resolve().parent
+    home = next((p for p in (folder, folder.parent) if (p / "run.json").is_file()), None)
+    if home is None:
+        return None
+    run = Run(home)
+    try:
+        stages = run.recipe().plan()
+    except QcError:
+        return None
+    stage = next((one for one in stages if run.stage(one.name) == folder), None)
+    return None if stage is None else _text(run, stage)
+
+
 def _calibrated(wanted: Export, loaded: Artifact, text: Text | None) -> dict[str, Any]:
     """Rows of tokens of the recipe's own text, for a target whose inputs have ranges; it has others without them."""
     if text is None or not loaded.reads_text or "calibration" not in options_of(wanted.target):
@@ -167,7 +182,7 @@ def export_newest(
     if given is not None and (Path(given) / "manifest.json").is_file():
         wanted = Export(target=target, dtype=dtype, **asked)  # type: ignore[arg-type]
         folder = out or Path(given).parent / folder_name(wanted)
-        return export_artifact(Path(given), wanted, folder, tell, verify, force)
+        return export_artifact(Path(given), wanted, folder, tell, verify, force, _text_of(Path(given)))
     run = find_run(given, runs)
     recipe = run.recipe()
     stage, artifact = finish_passes(run, recipe, tell)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qc.exporting import _calibrated, _text
+from qc.exporting import _calibrated, _text, _text_of
+from qc.runs import open_run
 from recipes.load import load
 from recipes.settings import Export
 from tests.runtimes.data.byte_tokenizer import byte_tokenizer
@@ -55,6 +56,21 @@ def test_ranges_are_found_on_what_the_stage_or_one_before_it_trained_on(run: Any
     rows = _calibrated(Export(target="nvfp4", calibration=300), loaded(), _text(run, stages[stage]))
     assert letters(rows) == {letter}
     assert sum(ids.numel() for ids in rows["rows"]) == 384, "three rows of 128, the fewest that hold 300 tokens"
+
+
+def test_an_artifact_has_the_text_of_the_run_that_it_lies_in(run: Any, tmp_path: Path) -> None:
+    real = open_run(run.recipe(), {}, tmp_path / "runs")
+    for stage, letter in (("first", "a"), ("third", "z")):
+        text = _text_of(real.folder / stage / "trained")
+        assert letters(_calibrated(Export(target="nvfp4", calibration=300), loaded(), text)) == {letter}
+
+
+def test_an_artifact_elsewhere_or_of_a_recipe_that_has_changed_has_no_text(run: Any, tmp_path: Path) -> None:
+    assert _text_of(tmp_path / "carried" / "trained") is None
+    real = open_run(run.recipe(), {}, tmp_path / "runs")
+    assert _text_of(real.folder / "fourth" / "trained") is None
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("steps: 1", "steps: 2"))
+    assert _text_of(real.folder / "third" / "trained") is None
 
 
 def test_what_needs_no_ranges_reads_no_text(run: Any) -> None:
