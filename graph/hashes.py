@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,24 @@ def blake3_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+_KINDS: Mapping[str, Callable[[Path], str]] = {"blake3": blake3_of, "sha256": sha256}
+"""What a file is known by: its BLAKE3, or before decision 0013 its sha256."""
+
+
 def recorded(path: Path, blake3: str | None = None) -> dict[str, str | int]:
     """What is written of a file to know it by: its hash, ``blake3`` where that is known, and its bytes."""
     return {"blake3": blake3 or blake3_of(path), "bytes": path.stat().st_size}
 
 
-def is_as_recorded(path: Path, entry: Mapping[str, str | int]) -> bool:
-    """Whether a file has the hash that was recorded of it; before decision 0013 that was its sha256."""
-    if "blake3" in entry:
-        return blake3_of(path) == entry["blake3"]
-    return "sha256" in entry and sha256(path) == entry["sha256"]
+def is_record(entry: Any) -> bool:
+    """Whether ``entry`` has a hash to know a file by."""
+    return isinstance(entry, Mapping) and any(isinstance(entry.get(kind), str) for kind in _KINDS)
+
+
+def is_as_recorded(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file has the hash that was recorded of it."""
+    kind = next((kind for kind in _KINDS if kind in entry), None)
+    return kind is not None and _KINDS[kind](path) == entry[kind]
 
 
 def new_blake3() -> blake3:

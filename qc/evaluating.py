@@ -11,7 +11,7 @@ from graph.artifact import Artifact, load
 from graph.errors import QcError
 from graph.joint import is_joint
 from qc.measuring import bits_per_weight, data_of, folder_bytes, held_out_batches, pooling_of, questions_on, sources
-from qc.runs import Run
+from qc.runs import run_around
 from recipes.schema import Recipe
 from runtimes.settings import Data, Evaluate, PythonStdlib, Retrieval, TextFiles
 
@@ -73,14 +73,14 @@ def text_of(folder: Path, loaded: Artifact, wanted: Evaluate) -> tuple[Recipe, E
     """The recipe whose text an artifact is measured on, and what to measure on: the given data, or the recipe's."""
     from recipes.load import load as load_recipe
 
-    near = next((p for p in folder.resolve().parents if (p / "run.json").is_file()), None)
-    if near is None and is_joint(loaded.graph):
+    run = run_around(folder)
+    if run is None and is_joint(loaded.graph):
         what = f"{folder} lies in no run, and without its recipe nobody knows what it is to be asked"
         raise QcError(what, fix="give the artifact in the folder of its run")
-    recipe = Run(near).recipe() if near is not None else load_recipe("fp16", [f"model={loaded.manifest['model']}"])
+    recipe = run.recipe() if run is not None else load_recipe("fp16", [f"model={loaded.manifest['model']}"])
     if wanted.data is not None:
         return recipe, wanted
-    if near is None or not any(s.train or s.evaluate for s in recipe.plan()):
+    if run is None or not any(s.train or s.evaluate for s in recipe.plan()):
         return recipe, replace(wanted, data=PythonStdlib())
     said = next((s.evaluate for s in reversed(recipe.plan()) if s.evaluate and s.evaluate.data), None)
     return recipe, replace(wanted, data=said.data if said else None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from graph.artifact import read_manifest
 from graph.errors import QcError
-from qc.runs import find_artifact
+from qc.runs import find_artifact, run_around
 from recipes.settings import Export
 
 _CONTENT = ("graph.json", "weights", "tokenizer/", "memory_tokenizer/")
@@ -47,7 +47,8 @@ def expect_same(folder: Path, about: Mapping[str, Any], manifest: Mapping[str, A
         if key != "artifact" and was.get(key) != now.get(key):
             then, means = (f"with {key} {one[key]}" if key in one else f"without {key}" for one in (was, now))
             raise QcError(f"{folder} was exported {then}, and now {means} is asked for", fix=fix)
-    if was.get("artifact", content_of(manifest)) != content_of(manifest):
+    content = content_of(manifest)
+    if was.get("artifact", content) != content:
         raise QcError(f"{folder} is an export of another artifact", fix=fix)
 
 
@@ -56,11 +57,11 @@ def artifact_of(exported: Path, about: Mapping[str, Any], runs: Path) -> Path:
 
     One that does not say is taken to be of the newest artifact of the run that it lies in, or of the latest run.
     """
-    near = next((p for p in exported.resolve().parents if (p / "run.json").is_file()), None)
+    near = run_around(exported)
     wanted = (about.get("asked") or {}).get("artifact")
     if wanted is None:
-        return find_artifact(None if near is None else str(near), runs)
-    for artifact, manifest in _artifacts([near] if near else [], runs):
+        return find_artifact(None if near is None else str(near.folder), runs)
+    for artifact, manifest in _artifacts([near.folder] if near else [], runs):
         if content_of(manifest) == wanted:
             return artifact
     what = f"{exported} was made of an artifact that is not in {runs}/"

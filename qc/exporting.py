@@ -15,7 +15,7 @@ from qc.console import VerificationFailed, size
 from qc.exported import artifact_of, asked, expect_same
 from qc.measuring import folder_bytes
 from qc.reading import text_reader
-from qc.runs import Run, find_artifact, find_run
+from qc.runs import Run, find_artifact, find_run, run_around
 from recipes.schema import Recipe, Stage
 from recipes.settings import Export
 from runtimes.export import homes_of, options_of
@@ -55,16 +55,14 @@ def _text(run: Run, stage: Stage) -> Text | None:
 
 def _text_of(artifact: Path) -> Text | None:
     """That of the run which an artifact lies in; without a run, or once its recipe has changed, there is none."""
-    folder = artifact.resolve().parent
-    home = next((p for p in (folder, folder.parent) if (p / "run.json").is_file()), None)
-    if home is None:
+    run = run_around(artifact)
+    if run is None:
         return None
-    run = Run(home)
     try:
         stages = run.recipe().plan()
     except QcError:
         return None
-    stage = next((one for one in stages if run.stage(one.name) == folder), None)
+    stage = next((one for one in stages if run.stage(one.name) == artifact.resolve().parent), None)
     return None if stage is None else _text(run, stage)
 
 

@@ -126,6 +126,12 @@ def find_run(given: str | None, root: Path = DEFAULT) -> Run:
     return Run(folder)
 
 
+def run_around(path: Path) -> Run | None:
+    """The run that something lies in."""
+    folder = next((p for p in path.resolve().parents if (p / "run.json").is_file()), None)
+    return None if folder is None else Run(folder)
+
+
 def newest_artifact(run: Run) -> Path:
     """The last artifact that the run has written."""
     recipe = run.recipe()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from graph import QcError
-from graph.hashes import is_as_recorded
+from graph.hashes import is_as_recorded, is_record
 from runtimes.export import ABOUT
 
 PROBE_TEXTS = ("def main(argv):\n    return 0\n", "The quick brown fox, naïve café, 東京.", " two  spaces\tand a tab")
@@ -76,9 +76,7 @@ def _records(files: Any) -> bool:
     if not isinstance(files, Mapping) or not files:
         return False
     inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in files)
-    entries = [entry for entry in files.values() if isinstance(entry, Mapping)]
-    hashed = all(any(isinstance(entry.get(kind), str) for kind in ("blake3", "sha256")) for entry in entries)
-    return inside and hashed and len(entries) == len(files)
+    return inside and all(map(is_record, files.values()))
 
 
 def hashes(folder: Path, about: Mapping[str, Any]) -> Finding:
